@@ -1,0 +1,76 @@
+"""One table: (kernel, shape class, architecture) -> block sizes, warps and stages.
+
+The dispatcher reads it at every launch; a tuner and the portability gate read the same rows. An architecture without
+a row of its own uses "any". "interpreter" rows trade blocks for few, large programs: Triton's interpreter pays per
+operation, not per element.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+from fastgemma.kernels.backend import interpreting
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to launch one kernel: its constexpr block sizes, and the compiler's options."""
+
+    blocks: dict[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def kwargs(self) -> dict[str, int]:
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# Shape classes are the padded row width, as text, or "any".
+TABLE: dict[tuple[str, str, str], Launch] = {
+    # Row kernels hold whole rows in registers: about 16 elements per thread.
+    ("rms_norm", "256", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
+    ("rms_norm", "512", "any"): Launch({"BLOCK_M": 4}, num_warps=4),
+    ("rms_norm", "1024", "any"): Launch({"BLOCK_M": 2}, num_warps=4),
+    ("rms_norm", "2048", "any"): Launch({"BLOCK_M": 1}, num_warps=4),
+    ("rms_norm", "4096", "any"): Launch({"BLOCK_M": 1}, num_warps=8),
+    ("rms_norm", "8192", "any"): Launch({"BLOCK_M": 1}, num_warps=16),
+    ("rms_norm", "any", "any"): Launch({"BLOCK_M": 1}, num_warps=4),
+    ("rms_norm", "any", "interpreter"): Launch({"BLOCK_M": 64}),
+    # Heads of 256 or 512: a tile of tokens by one head.
+    ("qk_norm_rope", "256", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
+    ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 4}, num_warps=4),
+    ("qk_norm_rope", "any", "any"): Launch({"BLOCK_M": 16}, num_warps=4),
+    ("qk_norm_rope", "any", "interpreter"): Launch({"BLOCK_M": 64}),
+    # Elementwise tiles.
+    ("geglu", "any", "any"): Launch({"BLOCK_M": 1, "BLOCK_N": 1024}, num_warps=4),
+    ("geglu", "256", "any"): Launch({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=4),
+    ("geglu", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 1024}),
+    ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 2048}, num_warps=4),
+    ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
+    # One program per row of logits, streaming over the vocabulary.
+    ("linear_cross_entropy", "any", "any"): Launch({"BLOCK_V": 4096}, num_warps=8),
+    ("linear_cross_entropy", "any", "interpreter"): Launch({"BLOCK_V": 4096}),
+}
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table's name of a device: "sm_90" and the like, or "interpreter"."""
+    if device.type != "cuda" or interpreting():
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def launch(kernel: str, shape_class: str, device: torch.device) -> Launch:
+    """The most specific row of the table for this kernel, shape class and device."""
+    arch = architecture(device)
+    fallbacks = ("interpreter",) if arch == "interpreter" else (arch, "any")
+    for candidate in fallbacks:
+        for shape in (shape_class, "any"):
+            if (kernel, shape, candidate) in TABLE:
+                return TABLE[kernel, shape, candidate]
+    raise LookupError(f"fastgemma: launch.py has no row for kernel {kernel!r}, shape class {shape_class!r}, {arch}.")

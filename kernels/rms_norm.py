@@ -1,0 +1,343 @@
+"""RMSNorm as Gemma 4 defines it, alone or fused with the residual add that follows it.
+
+    rms_norm:           y = x * rstd * w,                          rstd = (mean(x^2) + eps)^-1/2
+    rms_norm_residual:  y = (residual + x * rstd * w) * scale      (scale: the layer scalar, optional)
+
+with everything inside in float32 and one rounding at the end. The weight multiplies directly (not 1 + w), and may be
+missing (v_norm, the router's norm).
+
+    dx = rstd * (g - x * rstd^2 * mean(g * x)),   g = dy * scale * w
+    dw = sum over rows of dy * scale * x * rstd
+    dresidual = dy * scale
+
+Bytes that must move per element (bf16): forward 4 (+ 4 per row for rstd), with residual 6; backward 6, with a scale 8.
+
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); `Gemma4RMSNorm` in transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastgemma.kernels.backend import as_rows, check_dtype, jit, runs_kernel, tl, triton
+from fastgemma.kernels.launch import Launch, launch
+
+# A row is held in registers at once; Gemma 4's widest hidden size is 5376.
+MAX_COLUMNS = 8192
+
+
+@jit
+def _rms_norm_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    scale_ptr,
+    y_ptr,
+    rstd_ptr,
+    x_row_stride,
+    residual_row_stride,
+    n_rows,
+    n_cols,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    STORE_RSTD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    row_mask = rows < n_rows
+    col_mask = cols < n_cols
+    mask = row_mask[:, None] & col_mask[None, :]
+
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean_square = tl.sum(x * x, axis=1) / n_cols
+    rstd = 1.0 / tl.sqrt(mean_square + tl.cast(eps, tl.float32))
+    if STORE_RSTD:
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    y = x * rstd[:, None]
+    if HAS_WEIGHT:
+        y = y * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows[:, None] * residual_row_stride + cols[None, :], mask=mask, other=0.0)
+        y = y + residual.to(tl.float32)
+    if HAS_SCALE:
+        y = y * tl.load(scale_ptr).to(tl.float32)
+    tl.store(y_ptr + rows[:, None] * n_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _rms_norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dy_row_stride,
+    x_row_stride,
+    n_rows,
+    n_cols,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DRESIDUAL: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    col_mask = cols < n_cols
+    dweight = tl.zeros([BLOCK_N], tl.float32)
+    for tile in range(0, TILES):
+        # Consecutive programs take consecutive tiles, so that neighbours read neighbouring rows.
+        rows = (program + tile * tl.num_programs(0).to(tl.int64)) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = rows < n_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+        g = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+        out = rows[:, None] * n_cols + cols[None, :]
+        if HAS_SCALE:
+            g = g * tl.load(scale_ptr).to(tl.float32)
+        if NEEDS_DRESIDUAL:
+            tl.store(dresidual_ptr + out, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        x_hat = x * rstd[:, None]
+        if NEEDS_DWEIGHT:
+            dweight += tl.sum(g * x_hat, axis=0)
+        if NEEDS_DX:
+            if HAS_WEIGHT:
+                g = g * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+            projection = tl.sum(g * x_hat, axis=1) / n_cols
+            dx = (g - x_hat * projection[:, None]) * rstd[:, None]
+            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_DWEIGHT:
+        tl.store(dweight_ptr + program * n_cols + cols, dweight, mask=col_mask)
+
+
+def _row_launch(n_cols: int, device: torch.device) -> tuple[Launch, int]:
+    block_n = triton.next_power_of_2(n_cols)
+    return launch("rms_norm", str(block_n), device), block_n
+
+
+def _rms_norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    store_rstd: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    n_rows, n_cols = x.shape
+    y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device) if store_rstd else None
+    if n_rows == 0:
+        return y, rstd
+    config, block_n = _row_launch(n_cols, x.device)
+    _rms_norm_fwd_kernel[(triton.cdiv(n_rows, config.blocks["BLOCK_M"]),)](
+        x_ptr=x,
+        weight_ptr=x if weight is None else weight,
+        residual_ptr=x if residual is None else residual,
+        scale_ptr=x if scale is None else scale,
+        y_ptr=y,
+        rstd_ptr=x if rstd is None else rstd,
+        x_row_stride=x.stride(0),
+        residual_row_stride=0 if residual is None else residual.stride(0),
+        n_rows=n_rows,
+        n_cols=n_cols,
+        eps=eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_SCALE=scale is not None,
+        STORE_RSTD=store_rstd,
+        BLOCK_N=block_n,
+        **config.kwargs(),
+    )
+    return y, rstd
+
+
+def _rms_norm_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    rstd: torch.Tensor,
+    needs_dx: bool,
+    needs_dresidual: bool,
+    needs_dweight: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    n_rows, n_cols = x.shape
+    dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device) if needs_dx else None
+    dresidual = torch.empty((n_rows, n_cols), dtype=dy.dtype, device=x.device) if needs_dresidual else None
+    if n_rows == 0:
+        return dx, dresidual, torch.zeros_like(weight) if needs_dweight and weight is not None else None
+    config, block_n = _row_launch(n_cols, x.device)
+    tiles = triton.cdiv(n_rows, config.blocks["BLOCK_M"])
+    # The weight's gradient is a sum over rows: few programs, each over many rows, then one sum over programs. A power
+    # of two of tiles per program keeps the number of compiled variants small. No atomics: the order is fixed.
+    tiles_per_program = triton.next_power_of_2(triton.cdiv(tiles, 512)) if needs_dweight else 1
+    programs = triton.cdiv(tiles, tiles_per_program)
+    partial = torch.empty((programs, n_cols), dtype=torch.float32, device=x.device) if needs_dweight else None
+    _rms_norm_bwd_kernel[(programs,)](
+        dy_ptr=dy,
+        x_ptr=x,
+        weight_ptr=x if weight is None else weight,
+        scale_ptr=x if scale is None else scale,
+        rstd_ptr=rstd,
+        dx_ptr=x if dx is None else dx,
+        dresidual_ptr=x if dresidual is None else dresidual,
+        dweight_ptr=x if partial is None else partial,
+        dy_row_stride=dy.stride(0),
+        x_row_stride=x.stride(0),
+        n_rows=n_rows,
+        n_cols=n_cols,
+        HAS_WEIGHT=weight is not None,
+        HAS_SCALE=scale is not None,
+        NEEDS_DX=needs_dx,
+        NEEDS_DRESIDUAL=needs_dresidual,
+        NEEDS_DWEIGHT=needs_dweight,
+        BLOCK_N=block_n,
+        TILES=tiles_per_program,
+        **config.kwargs(),
+    )
+    dweight = None
+    if partial is not None and weight is not None:
+        dweight = partial.sum(dim=0).to(weight.dtype)
+    return dx, dresidual, dweight
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual, scale, eps):
+        needs_grad = any(ctx.needs_input_grad[:3])
+        rows = as_rows(x)
+        residual_rows = None if residual is None else as_rows(residual)
+        y, rstd = _rms_norm_fwd(rows, weight, residual_rows, scale, eps, store_rstd=needs_grad)
+        if needs_grad:
+            ctx.save_for_backward(x, weight, scale, rstd)
+            ctx.has_residual = residual is not None
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale, rstd = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dresidual = ctx.needs_input_grad[:3]
+        dresidual = None
+        if needs_dx or needs_dweight or (needs_dresidual and scale is not None):
+            dx, dresidual, dweight = _rms_norm_bwd(
+                as_rows(dy),
+                as_rows(x),
+                weight,
+                scale,
+                rstd,
+                needs_dx,
+                needs_dresidual and scale is not None,
+                needs_dweight and weight is not None,
+            )
+            dx = None if dx is None else dx.view(x.shape)
+            dresidual = None if dresidual is None else dresidual.view(x.shape)
+        else:
+            dx = dweight = None
+        if needs_dresidual and scale is None:
+            dresidual = dy
+        return dx, dweight, dresidual, None, None
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    check_dtype("hidden_states", x)
+    if x.dim() == 0:
+        raise ValueError("fastgemma: rms_norm needs at least one dimension, got a scalar.")
+    if x.shape[-1] > MAX_COLUMNS or x.shape[-1] == 0:
+        raise ValueError(f"fastgemma: rms_norm normalises 1 to {MAX_COLUMNS} columns, got {x.shape[-1]}.")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"fastgemma: rms_norm got a weight of shape {tuple(weight.shape)} for rows of {x.shape[-1]} columns."
+        )
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6) -> torch.Tensor:
+    """RMSNorm over the last dimension: `hidden_states * rstd * weight`, computed in float32.
+
+    Args:
+        hidden_states: [..., hidden_size], float32, bfloat16 or float16, any strides; at most 8192 columns.
+        weight: [hidden_size] of any floating dtype, or None for a norm without one.
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden_size], contiguous, in the dtype of `hidden_states`.
+
+    Raises:
+        TypeError: unsupported dtype. ValueError: shapes that do not fit, or tensors on different devices.
+    """
+    _check(hidden_states, weight)
+    if not runs_kernel(hidden_states, weight):
+        return rms_norm_reference(hidden_states, weight, eps)
+    return _RMSNorm.apply(hidden_states, weight, None, None, eps)
+
+
+def rms_norm_residual(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor,
+    layer_scalar: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """`(residual + rms_norm(hidden_states)) * layer_scalar` in one pass, rounded once.
+
+    Args:
+        hidden_states: [..., hidden_size], as in `rms_norm`.
+        weight: [hidden_size] or None.
+        residual: same shape and dtype as `hidden_states`.
+        layer_scalar: one element, a constant (its gradient is not computed), or None.
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden_size], contiguous, in the dtype of `hidden_states`.
+
+    Raises:
+        TypeError: unsupported or unequal dtypes. ValueError: shapes that do not fit, tensors on different devices, or
+            a `layer_scalar` that requires a gradient.
+    """
+    _check(hidden_states, weight)
+    if residual.shape != hidden_states.shape:
+        raise ValueError(
+            f"fastgemma: rms_norm_residual got a residual of shape {tuple(residual.shape)} for hidden states of shape "
+            f"{tuple(hidden_states.shape)}."
+        )
+    if residual.dtype != hidden_states.dtype:
+        raise TypeError(f"fastgemma: residual is {residual.dtype}, hidden_states {hidden_states.dtype}; cast one.")
+    if layer_scalar is not None and (layer_scalar.numel() != 1 or layer_scalar.requires_grad):
+        raise ValueError("fastgemma: layer_scalar must be one element that requires no gradient.")
+    if not runs_kernel(hidden_states, weight, residual, layer_scalar):
+        return rms_norm_residual_reference(hidden_states, weight, residual, layer_scalar, eps)
+    return _RMSNorm.apply(hidden_states, weight, residual, layer_scalar, eps)
+
+
+def rms_norm_reference(hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6) -> torch.Tensor:
+    """`rms_norm` in plain torch; float64 inputs stay float64, everything else is computed in float32."""
+    x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    y = x * torch.pow(x.square().mean(-1, keepdim=True) + eps, -0.5)
+    if weight is not None:
+        y = y * weight.to(x.dtype)
+    return y.to(hidden_states.dtype)
+
+
+def rms_norm_residual_reference(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor,
+    layer_scalar: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """`rms_norm_residual` in plain torch."""
+    high = torch.promote_types(hidden_states.dtype, torch.float32)
+    y = residual.to(high) + rms_norm_reference(hidden_states.to(high), weight, eps)
+    if layer_scalar is not None:
+        y = y * layer_scalar.to(high)
+    return y.to(hidden_states.dtype)
