@@ -1,0 +1,126 @@
+"""`patch`, `unpatch`, `patched` and `status`: the whole state of the package in one table."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from fastgemma.kernels.workspace import workspace_bytes
+from fastgemma.patches.engine import Engine, PatchError
+from fastgemma.report import PatchReport, summarise
+
+# Feature -> (default, what it may be set to).
+FEATURES: dict[str, tuple[bool | str, tuple[bool | str, ...]]] = {
+    "rms_norm": (True, (True, False)),
+    "rope": (True, (True, False)),
+    "geglu": (True, (True, False)),
+    "lora": (True, (True, False)),
+    "cross_entropy": (True, (True, False)),
+}
+
+_lock = threading.RLock()
+_settings: dict[str, bool | str] = dict.fromkeys(FEATURES, False)
+# Threads that are inside `patched()`, innermost last: nesting is last-in first-out, and in one thread.
+_scopes: list[int] = []
+
+
+def _engine() -> Engine:
+    # Imported late: the table imports transformers, which `import fastgemma` alone should not pay for.
+    from fastgemma.patches.table import ENGINE
+
+    return ENGINE
+
+
+def _resolve(features: dict[str, Any]) -> dict[str, bool | str]:
+    unknown = sorted(set(features) - set(FEATURES))
+    if unknown:
+        raise TypeError(f"fastgemma: no feature named {', '.join(unknown)}; the features are {', '.join(FEATURES)}.")
+    settings = {}
+    for name, (default, allowed) in FEATURES.items():
+        value = features.get(name, default)
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+            choices = ", ".join(repr(choice) for choice in allowed)
+            raise TypeError(f"fastgemma: {name}={value!r} is not one of {choices}.")
+        settings[name] = value
+    return settings
+
+
+def _apply(settings: dict[str, bool | str], strict: bool = False) -> None:
+    _engine().apply({name: value is not False for name, value in settings.items()}, strict)
+    _settings.update(settings)
+
+
+def _check_scope() -> None:
+    if _scopes and _scopes[-1] != threading.get_ident():
+        raise PatchError(
+            "fastgemma: another thread is inside `with fastgemma.patched(...)`; changing patches now would change its "
+            "training run. Patch before starting threads."
+        )
+
+
+def patch(*, strict: bool = False, **features: bool | str) -> PatchReport:
+    """Sets the whole state: each feature as named, or to its default.
+
+    Works at any time before a trainer is constructed, whether models and adapters exist yet or not; calling it again
+    sets the state anew.
+
+    Args:
+        strict: raise where a feature is refused, or where an installed library's code is not one that fastgemma was
+            tested with, instead of reporting it.
+        **features: feature name -> True, False or one of the feature's modes.
+
+    Returns:
+        The state, as `status()` does.
+
+    Raises:
+        TypeError: an unknown feature or mode. PatchError: see `strict`; or another thread is inside `patched()`.
+    """
+    settings = _resolve(features)
+    with _lock:
+        _check_scope()
+        _apply(settings, strict)
+        return status()
+
+
+def unpatch() -> None:
+    """Restores stock behaviour everywhere, also in methods that were captured while patched. Counters stay readable.
+
+    Raises:
+        PatchError: another thread is inside `patched()`.
+    """
+    with _lock:
+        _check_scope()
+        _apply(dict.fromkeys(FEATURES, False))
+
+
+@contextlib.contextmanager
+def patched(*, strict: bool = False, **features: bool | str) -> Iterator[PatchReport]:
+    """`patch(**features)` inside a `with` block, and the previous state after it.
+
+    Blocks nest last-in first-out within one thread.
+
+    Raises:
+        TypeError: an unknown feature or mode. PatchError: as `patch`, or a block that overlaps another thread's.
+    """
+    settings = _resolve(features)
+    with _lock:
+        _check_scope()
+        previous = dict(_settings)
+        _apply(settings, strict)
+        _scopes.append(threading.get_ident())
+    try:
+        yield status()
+    finally:
+        with _lock:
+            _scopes.pop()
+            _apply(previous)
+
+
+def status() -> PatchReport:
+    """The state of every feature, with how often its fast path ran and why it did not where it did not."""
+    ops = _engine().ops
+    return PatchReport(
+        {name: summarise([op for op in ops if op.feature == name]) for name in FEATURES}, workspace_bytes()
+    )

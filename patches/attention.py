@@ -1,0 +1,148 @@
+"""The projections and norms around Gemma 4's attention; the attention itself stays stock."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastgemma.kernels.qk_norm_rope import qk_norm_rope
+from fastgemma.patches import projections
+from fastgemma.patches.engine import Op
+from fastgemma.patches.guards import hooked, plain, unusable
+
+
+def _rotary_dim(attention: nn.Module) -> int:
+    """How many dimensions of a head turn: all, or a fraction where the layer's RoPE is "proportional"."""
+    parameters = attention.config.rope_parameters[attention.layer_type]
+    if parameters["rope_type"] == "proportional":
+        return 2 * int(parameters.get("partial_rotary_factor", 1.0) * attention.head_dim // 2)
+    return attention.head_dim
+
+
+def _rope_unusable(
+    attention: nn.Module, q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+) -> str | None:
+    """Why `qk_norm_rope` cannot stand in for the norms and rotations of this call, or None."""
+    reason = unusable(q)
+    if reason is not None:
+        return reason
+    if k is not None and k.dtype != q.dtype:
+        return "queries and keys in different dtypes"
+    if cos.requires_grad or sin.requires_grad:
+        return "gradient through the rotation angles"
+    if cos.shape[0] not in (1, q.shape[0]) or cos.shape[1:] != (q.shape[1], attention.head_dim):
+        return f"rotation angles of shape {tuple(cos.shape)}"
+    norms = [attention.q_norm] if k is None else [attention.q_norm, attention.k_norm, attention.v_norm]
+    for norm in norms:
+        if hooked(norm):
+            return "hooks on a norm"
+        weight = getattr(norm, "weight", None)
+        if weight is not None and (not plain(weight) or weight.device != q.device):
+            return "norm weight that is sharded or elsewhere"
+    if attention.q_norm.weight.dtype != norms[min(1, len(norms) - 1)].weight.dtype:
+        return "norm weights in different dtypes"
+    return None
+
+
+def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    rope, lora = ops["rope"], ops["lora"]
+    module = importlib.import_module(original.__module__)
+
+    def project(layers: list[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+        if lora.active:
+            reason = unusable(x)
+            if reason is None and projections.fused_gemm_is_better(layers[0], x):
+                reason = "few rows: fused 4-bit product"
+            if reason is None:
+                try:
+                    outs = projections.project(layers, x)
+                    lora.fast()
+                    return outs
+                except projections.Unsupported as unsupported:
+                    reason = str(unsupported)
+            lora.fallback(reason)
+        return [layer(x) for layer in layers]
+
+    def norm_and_rotate(attention, q, k, v, cos, sin):
+        """q, k, v as [batch, heads, seq_len, head_dim]."""
+        if rope.active:
+            reason = _rope_unusable(attention, q, k, cos, sin)
+            if reason is None:
+                rope.fast()
+                outs = qk_norm_rope(
+                    q,
+                    k,
+                    v,
+                    cos,
+                    sin,
+                    attention.q_norm.weight,
+                    None if k is None else attention.k_norm.weight,
+                    attention.head_dim,
+                    _rotary_dim(attention),
+                    values_from_keys=k is not None and v is None,
+                    eps=attention.q_norm.eps,
+                )
+                return [None if out is None else out.transpose(1, 2) for out in outs]
+            rope.fallback(reason)
+        heads = (-1, attention.head_dim)
+        q = module.apply_rotary_pos_emb(attention.q_norm(q.unflatten(-1, heads)), cos, sin, unsqueeze_dim=2)
+        if k is None:
+            return q.transpose(1, 2), None, None
+        k = k.unflatten(-1, heads)
+        v = k if v is None else v.unflatten(-1, heads)
+        k = module.apply_rotary_pos_emb(attention.k_norm(k), cos, sin, unsqueeze_dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), attention.v_norm(v).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        shared_kv_states: Any,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not (rope.active or lora.active):
+            return original(
+                self, hidden_states, position_embeddings, attention_mask, shared_kv_states, past_key_values, **kwargs
+            )
+        cos, sin = position_embeddings
+        layers = [self.q_proj]
+        if not self.is_kv_shared_layer:
+            layers.append(self.k_proj)
+            if self.v_proj is not None:
+                layers.append(self.v_proj)
+        q, k, v, *_ = [*project(layers, hidden_states), None, None]
+        query, key, value = norm_and_rotate(self, q, k, v, cos, sin)
+
+        if self.is_kv_shared_layer:
+            key, value = shared_kv_states[self.layer_type]
+            key, value = key.to(query.device), value.to(query.device)
+        elif past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.store_full_length_kv:
+            shared_kv_states[self.layer_type] = key, value
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, module.eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        return project([self.o_proj], output)[0], weights
+
+    return forward

@@ -1,0 +1,46 @@
+"""Cheap per-call questions: may the fast path run here, exactly?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgemma.kernels.backend import HAS_TRITON, interpreting
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unusable(tensor: torch.Tensor) -> str | None:
+    """Why kernels cannot take this tensor, or None."""
+    if not tensor.is_cuda and not (tensor.device.type == "cpu" and interpreting()):
+        return "no gpu"
+    if not HAS_TRITON:
+        return "no triton"
+    if tensor.dtype not in _KERNEL_DTYPES:
+        return f"dtype {tensor.dtype}"
+    return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or a forward set on the instance."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def plain(weight: Any) -> bool:
+    """Whether a weight is an ordinary tensor: not a DTensor or another sharded or quantised subclass."""
+    return type(weight) in (nn.Parameter, torch.Tensor)
+
+
+def is_gelu_tanh(activation: Any) -> bool:
+    """Whether an activation from transformers' ACT2FN is the tanh-approximated GELU."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "tanh"
+    return type(activation).__name__ in ("GELUTanh", "PytorchGELUTanh")
