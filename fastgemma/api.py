@@ -18,6 +18,9 @@ FEATURES: dict[str, tuple[bool | str, tuple[bool | str, ...]]] = {
     "geglu": (True, (True, False)),
     "lora": (True, (True, False)),
     "cross_entropy": (True, (True, False)),
+    "per_layer_embeddings": ("auto", ("auto", "host", "gpu", True, False)),
+    "checkpointing": (True, (True, False)),
+    "fixes": (True, (True, False)),
 }
 
 _lock = threading.RLock()
@@ -48,7 +51,11 @@ def _resolve(features: dict[str, Any]) -> dict[str, bool | str]:
 
 
 def _apply(settings: dict[str, bool | str], strict: bool = False) -> None:
-    _engine().apply({name: value is not False for name, value in settings.items()}, strict)
+    try:
+        _engine().apply(settings, strict)
+    except PatchError:
+        _settings.update(dict.fromkeys(FEATURES, False))
+        raise
     _settings.update(settings)
 
 

@@ -27,7 +27,7 @@ def jit(fn: Any) -> Any:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when a kernel is defined."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

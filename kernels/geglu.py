@@ -15,6 +15,7 @@ Source: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpel
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import as_rows, check_dtype, jit, runs_kernel, tl, triton
 from fastgemma.kernels.launch import launch
@@ -168,6 +169,7 @@ class _GeGLU(torch.autograd.Function):
         return geglu_fwd(as_rows(gate), as_rows(up)).view(gate.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         dgate, dup, _ = geglu_bwd(as_rows(dh), as_rows(gate), as_rows(up), *ctx.needs_input_grad)

@@ -18,12 +18,15 @@ Source: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023); `peft.tuners.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import check_dtype, interpreting
+from fastgemma.kernels.backend import check_dtype, runs_kernel
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
 
@@ -158,6 +161,18 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward in its tensors' own dtypes, as its forward, also where the caller runs it inside autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *dys: torch.Tensor | None) -> Any:
+        device = next((dy.device.type for dy in dys if dy is not None), "cpu")
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *dys)
+
+    return run
+
+
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, static, *tensors):
@@ -171,10 +186,12 @@ class _Projections(torch.autograd.Function):
             for projection in _unflatten(static, tensors):
                 if projection.dropped is not None:
                     projection = Projection(projection.weight, projection.adapter, _rows(projection.dropped))
-                outs.append(_project(rows, projection).view(*x.shape[:-1], -1))
+                outs.append(_project(rows, projection).view(*x.shape[:-1], projection.weight.shape[0]))
         return tuple(outs)
 
     @staticmethod
+    @once_differentiable
+    @_without_autocast
     def backward(ctx, *dys):
         x, *tensors = ctx.saved_tensors
         rows = _rows(x)
@@ -209,6 +226,8 @@ class _MLP(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
+    @_without_autocast
     def backward(ctx, dy):
         x, gate, up, *tensors = ctx.saved_tensors
         projections = _unflatten(ctx.static, tensors)
@@ -244,11 +263,11 @@ class _MLP(torch.autograd.Function):
 
 
 def _geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return geglu_fwd(gate, up) if gate.is_cuda or interpreting() else geglu_reference(gate, up)
+    return geglu_fwd(gate, up) if runs_kernel(gate, up) else geglu_reference(gate, up)
 
 
 def _geglu_bwd(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, needs_h: bool):
-    if gate.is_cuda or interpreting():
+    if runs_kernel(gate, up):
         return geglu_bwd(dh, gate, up, needs_h=needs_h, overwrite_dh=True)
     with torch.enable_grad():
         g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
@@ -274,6 +293,11 @@ def _check(x: torch.Tensor, projections: Sequence[Projection]) -> None:
                 raise ValueError(
                     f"fastgemma: LoRA factors {tuple(p.adapter.A.shape)} and {tuple(p.adapter.B.shape)} do not fit a "
                     f"weight of shape {tuple(p.weight.shape)}."
+                )
+            if p.adapter.A.device != x.device or p.adapter.B.device != x.device:
+                raise ValueError(
+                    f"fastgemma: x is on {x.device}, LoRA factors on {p.adapter.A.device} and {p.adapter.B.device}; "
+                    "move one."
                 )
             if p.adapter.A.dtype != p.adapter.B.dtype:
                 raise TypeError(f"fastgemma: LoRA factors are {p.adapter.A.dtype} and {p.adapter.B.dtype}; cast one.")

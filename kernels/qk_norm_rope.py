@@ -20,6 +20,7 @@ Source: Su et al., "RoFormer" (2021); Zhang and Sennrich (2019); `Gemma4TextAtte
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import check_dtype, jit, runs_kernel, tl, triton
 from fastgemma.kernels.launch import launch
@@ -97,7 +98,7 @@ def _qk_norm_rope_fwd_kernel(
         row_stride = tl.where(is_query, q_row_stride, k_row_stride)
         x1, x2 = _load_pair(x_ptr, rows[:, None] * row_stride + local * 2 * HALF + cols[None, :], mask, HALF)
         rstd = _rstd(x1, x2, eps, HALF)
-        if V_FROM_K:
+        if V_FROM_K:  # noqa: SIM102 - a compile-time branch around a run-time one
             if head >= num_heads:
                 v_out = (rows[:, None] * num_kv_heads + local) * (2 * HALF) + cols[None, :]
                 _store_pair(v_out_ptr, v_out, x1 * rstd, x2 * rstd, mask, HALF)
@@ -201,7 +202,7 @@ def _qk_norm_rope_bwd_kernel(
         w1 = tl.load(weight_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
         w2 = tl.load(weight_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
         dx1, dx2 = _norm_bwd(dn1 * w1, dn2 * w2, x1, x2, rstd, HALF)
-        if V_FROM_K:
+        if V_FROM_K:  # noqa: SIM102 - a compile-time branch around a run-time one
             if head >= num_heads:
                 # Keys and values share one projection here; their gradients meet in float32.
                 dv = batch * dv_out_batch_stride + position * dv_out_row_stride + local * dv_out_head_stride
@@ -239,6 +240,8 @@ class _QKNormRope(torch.autograd.Function):
         num_heads = q.shape[-1] // head_dim
         num_kv_heads = 0 if k is None else k.shape[-1] // head_dim
         cos, sin = _unit_stride(cos), _unit_stride(sin)
+        q_weight = q_weight.contiguous()
+        k_weight = None if k_weight is None else k_weight.contiguous()
         if sin.stride() != cos.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
         q_out = torch.empty((batch, seq_len, num_heads, head_dim), dtype=q.dtype, device=q.device)
@@ -285,6 +288,7 @@ class _QKNormRope(torch.autograd.Function):
         return q_out, k_out, v_out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq_out, dk_out, dv_out):
         q, k, v, cos, sin, q_weight, k_weight = ctx.saved_tensors
         head_dim, rotary_dim, v_from_k, eps = ctx.shape
@@ -308,6 +312,9 @@ class _QKNormRope(torch.autograd.Function):
         dk = None if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if own_values else None
         dq_weight = dk_weight = None
+        if n_rows == 0 and needs_dweight:
+            dq_weight = torch.zeros_like(q_weight)
+            dk_weight = None if k_weight is None else torch.zeros_like(k_weight)
         if n_rows:
             config = launch("qk_norm_rope", str(head_dim), q.device)
             q_rows = _token_rows(q)
@@ -404,7 +411,7 @@ def qk_norm_rope(
     check_dtype("q", q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if head_dim % 2 or rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
-        raise ValueError(f"fastgemma: head_dim {head_dim} and rotary_dim {rotary_dim} must be even, the second <= first.")
+        raise ValueError(f"fastgemma: head_dim {head_dim} and rotary_dim {rotary_dim} must be even and in order.")
     if (k is None) != (k_weight is None) or (v is None) != (k is None or values_from_keys):
         raise ValueError("fastgemma: qk_norm_rope takes q alone, q and k with values_from_keys, or q, k and v.")
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -18,6 +18,7 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); `Gemm
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import as_rows, check_dtype, jit, runs_kernel, tl, triton
 from fastgemma.kernels.launch import Launch, launch
@@ -218,6 +219,7 @@ class _RMSNorm(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad[:3])
         rows = as_rows(x)
         residual_rows = None if residual is None else as_rows(residual)
+        weight = None if weight is None else weight.contiguous()
         y, rstd = _rms_norm_fwd(rows, weight, residual_rows, scale, eps, store_rstd=needs_grad)
         if needs_grad:
             ctx.save_for_backward(x, weight, scale, rstd)
@@ -225,6 +227,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, scale, rstd = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dresidual = ctx.needs_input_grad[:3]

@@ -35,9 +35,9 @@ class Op:
     feature: str
     target: str
     active: bool = False
+    mode: bool | str = False  # what the user set the feature to
     state: str = "off"  # "active", "off" or "refused"
     reason: str | None = None
-    verified: bool = True
     fast_calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
@@ -71,7 +71,7 @@ class Row:
     make: Callable[[Callable[..., Any], dict[str, Op]], Callable[..., Any]]
     parameters: tuple[str, ...] = ()
     fingerprints: frozenset[str] = frozenset()
-    aliases: str | None = None
+    aliases: tuple[str, ...] = ()
     requires: str | None = None  # distribution without which the row does not apply
 
     @property
@@ -88,7 +88,9 @@ class _Site:
     raw: Any = _ABSENT  # what stood in the owner's __dict__, or _ABSENT where it was inherited
     original: Callable[..., Any] | None = None
     replacement: Any = None
-    aliased: list[tuple[Any, str]] = field(default_factory=list)
+    refusal: str | None = None  # why it could not be installed
+    absent: bool = False  # the library that it patches is not there at all
+    verified: bool = True  # its source is one that the row lists
 
     @property
     def installed(self) -> bool:
@@ -121,29 +123,42 @@ class Engine:
     def ops(self) -> list[Op]:
         return [op for site in self._sites for op in site.ops.values()]
 
-    def apply(self, enabled: dict[str, bool], strict: bool = False) -> None:
-        """Brings every row into the state that `enabled` (feature -> wanted) asks for.
+    def apply(self, enabled: dict[str, bool | str], strict: bool = False) -> None:
+        """Brings every row into the state that `enabled` (feature -> False, or a mode) asks for.
 
         Raises:
             PatchError: with `strict`, a row that was refused or could not be verified; nothing stays changed then.
         """
-        self.generation += 1
-        for site in self._sites:
-            wanted = {feature for feature in site.ops if enabled.get(feature, False)}
-            if wanted and not site.installed:
-                self._install(site, wanted)
-            elif not wanted and site.installed:
-                self._remove(site)
+        before = [(op.active, op.mode) for op in self.ops]
+        wanted = [{f for f in site.ops if enabled.get(f, False) is not False} for site in self._sites]
+        if any(bool(features) != site.installed for features, site in zip(wanted, self._sites)):
+            # All off, then all wanted ones on: several rows may share an attribute, and must nest in table order.
+            for site in reversed(self._sites):
+                if site.installed:
+                    self._remove(site)
+            for features, site in zip(wanted, self._sites):
+                if features:
+                    self._install(site)
+        for features, site in zip(wanted, self._sites):
             for feature, op in site.ops.items():
-                if not site.installed and feature in wanted:
-                    continue  # _install recorded the refusal
-                op.active = feature in wanted
-                op.state, op.reason = ("active" if op.active else "off"), (op.reason if op.active else None)
-                if op.active and not op.verified:
-                    op.reason = "unverified: the patched source is not one that fastgemma was tested with"
+                op.active = site.installed and feature in features
+                op.mode = enabled.get(feature, False)
+                if op.active:
+                    op.state = "active"
+                    op.reason = None if site.verified else "unverified: its source is not one fastgemma was tested with"
+                elif feature in features:
+                    op.state, op.reason = "refused", site.refusal
+                else:
+                    op.state, op.reason = "off", None
+        if before != [(op.active, op.mode) for op in self.ops]:
+            self.generation += 1
         if strict:
-            bad = [op for op in self.ops if op.state == "refused" or (op.active and not op.verified)]
-            bad = [op for op in bad if "is not installed" not in (op.reason or "")]
+            bad = [
+                op
+                for site in self._sites
+                for op in site.ops.values()
+                if (op.state == "refused" and not site.absent) or (op.active and not site.verified)
+            ]
             if bad:
                 lines = "\n".join(f"  {op.feature} at {op.target}: {op.reason}" for op in bad)
                 self.apply({})
@@ -155,15 +170,12 @@ class Engine:
             if op.feature == feature and op.target == target:
                 op.state, op.reason = "refused", reason
 
-    def _refuse(self, site: _Site, wanted: set[str], reason: str) -> None:
-        for feature in wanted:
-            op = site.ops[feature]
-            op.active, op.state, op.reason = False, "refused", reason
-
-    def _install(self, site: _Site, wanted: set[str]) -> None:
+    def _install(self, site: _Site) -> None:
         row = site.row
+        site.refusal, site.absent = None, False
         if row.requires is not None and importlib.util.find_spec(row.requires) is None:
-            return self._refuse(site, wanted, f"{row.requires} is not installed")
+            site.refusal, site.absent = f"{row.requires} is not installed", True
+            return
         try:
             owner: Any = importlib.import_module(row.module)
             *path, name = row.attribute.split(".")
@@ -171,14 +183,13 @@ class Engine:
                 owner = getattr(owner, part)
             bound = inspect.getattr_static(owner, name)
         except (ImportError, AttributeError) as error:
-            return self._refuse(site, wanted, f"not found in the installed version ({error})")
+            site.refusal = f"not found in the installed version ({error})"
+            return
         original = bound.__func__ if isinstance(bound, staticmethod | classmethod) else bound
-        problem = _signature_problem(original, row)
-        if problem is not None:
-            return self._refuse(site, wanted, problem)
-        known = not row.fingerprints or _source_fingerprint(original) in row.fingerprints
-        for op in site.ops.values():
-            op.verified = known
+        site.refusal = _signature_problem(original, row)
+        if site.refusal is not None:
+            return
+        site.verified = not row.fingerprints or _source_fingerprint(original) in row.fingerprints
         replacement = row.make(original, site.ops)
         functools.update_wrapper(replacement, original)
         replacement = staticmethod(replacement) if isinstance(bound, staticmethod) else replacement
@@ -186,12 +197,8 @@ class Engine:
         site.raw = vars(owner).get(name, _ABSENT)
         setattr(owner, name, replacement)
         site.replacement = replacement
-        for module_name in list(sys.modules) if row.aliases else ():
-            module = sys.modules.get(module_name)
-            if module_name.startswith(row.aliases or "") and module is not owner:
-                for alias, value in list(vars(module).items()) if module is not None else ():
-                    if value is original:
-                        setattr(module, alias, replacement)
+        for module, alias in _aliases(row, original):
+            setattr(module, alias, replacement)
 
     def _remove(self, site: _Site) -> None:
         # Someone may have wrapped our replacement since: theirs stays, and ours in it is inert from here on.
@@ -200,13 +207,19 @@ class Engine:
                 delattr(site.owner, site.name)
             else:
                 setattr(site.owner, site.name, site.raw)
-        for module_name in list(sys.modules) if site.row.aliases else ():
-            module = sys.modules.get(module_name)
-            if module is not None and module_name.startswith(site.row.aliases or ""):
-                for alias, value in list(vars(module).items()):
-                    if value is site.replacement:
-                        setattr(module, alias, site.original)
+        for module, alias in _aliases(site.row, site.replacement):
+            setattr(module, alias, site.original)
         site.replacement = None
+
+
+def _aliases(row: Row, function: Any) -> list[tuple[Any, str]]:
+    """(module, name) wherever a loaded module of the row's aliases holds `function` under a name of its own."""
+    found = []
+    for module_name, module in list(sys.modules.items()):
+        if module is None or not any(module_name == a or module_name.startswith(a + ".") for a in row.aliases):
+            continue
+        found += [(module, name) for name, value in list(vars(module).items()) if value is function]
+    return found
 
 
 def _signature_problem(function: Callable[..., Any], row: Row) -> str | None:

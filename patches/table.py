@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from fastgemma.patches import fixes, per_layer_embeddings
 from fastgemma.patches.attention import make_attention
 from fastgemma.patches.decoder_layer import make_decoder_layer
 from fastgemma.patches.engine import Engine, Row
+from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.loss import make_head_forward
 from fastgemma.patches.mlp import make_mlp
 from fastgemma.patches.norms import make_norm
 from fastgemma.patches.trl_head import make_add_fused_lm_head
-
-FAMILIES = {
-    "Gemma4": "transformers.models.gemma4.modeling_gemma4",
-    "Gemma4Unified": "transformers.models.gemma4_unified.modeling_gemma4_unified",
-}
 
 
 def _family_rows(prefix: str, module: str) -> list[Row]:
@@ -40,18 +37,105 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
         Row(
             ("cross_entropy",), module, f"{prefix}ForConditionalGeneration.forward", make_head_forward, head_parameters
         ),
+        Row(
+            ("fixes", "checkpointing"),
+            module,
+            f"{prefix}TextModel.forward",
+            fixes.make_model_forward,
+            ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"),
+        ),
+        Row(
+            ("fixes",),
+            module,
+            f"{prefix}Model.forward",
+            fixes.make_model_forward,
+            ("input_ids", "attention_mask", "position_ids", "past_key_values", "mm_token_type_ids"),
+        ),
+        Row(
+            ("checkpointing",),
+            module,
+            f"{prefix}PreTrainedModel.gradient_checkpointing_enable",
+            fixes.make_checkpointing_enable,
+            ("gradient_checkpointing_kwargs",),
+        ),
+    ]
+
+
+def _per_layer_embedding_rows() -> list[Row]:
+    feature, module = ("per_layer_embeddings",), FAMILIES["Gemma4"]
+    return [
+        Row(feature, module, "Gemma4TextModel.__init__", per_layer_embeddings.make_init, ("config",)),
+        Row(
+            feature,
+            module,
+            "Gemma4PreTrainedModel._load_pretrained_model",
+            per_layer_embeddings.make_load,
+            ("model", "state_dict", "checkpoint_files", "load_config"),
+        ),
+        Row(
+            feature,
+            module,
+            "Gemma4TextModel.get_per_layer_inputs",
+            per_layer_embeddings.make_lookup,
+            ("input_ids", "inputs_embeds"),
+        ),
+        Row(
+            feature,
+            module,
+            "Gemma4Model.forward",
+            per_layer_embeddings.make_multimodal_forward,
+            ("input_ids", "inputs_embeds"),
+        ),
+        Row(
+            feature,
+            "accelerate.utils.operations",
+            "send_to_device",
+            per_layer_embeddings.make_send_to_device,
+            ("tensor", "device"),
+            aliases=("accelerate",),
+            requires="accelerate",
+        ),
+    ]
+
+
+def _fix_rows() -> list[Row]:
+    return [
+        Row(
+            ("fixes",),
+            "peft.utils.other",
+            "prepare_model_for_kbit_training",
+            fixes.make_prepare_for_kbit,
+            ("model",),
+            aliases=("peft", "trl", "__main__"),
+        ),
+        Row(
+            ("fixes",),
+            "transformers.quantizers.base",
+            "HfQuantizer.get_modules_to_not_convert",
+            fixes.make_modules_to_not_convert,
+            ("model", "skip_modules"),
+        ),
+        Row(
+            ("fixes",),
+            "peft.tuners.tuners_utils",
+            "BaseTuner.inject_adapter",
+            fixes.make_inject_adapter,
+            ("model", "adapter_name"),
+        ),
     ]
 
 
 ROWS = [
     *(row for prefix, module in FAMILIES.items() for row in _family_rows(prefix, module)),
+    *_per_layer_embedding_rows(),
+    *_fix_rows(),
     Row(
         ("cross_entropy",),
         "trl.trainer.utils",
         "add_fused_lm_head",
         make_add_fused_lm_head,
         ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
-        aliases="trl",
+        aliases=("trl",),
         requires="trl",
     ),
 ]

@@ -18,20 +18,13 @@ import torch
 
 from fastgemma.kernels.linear_cross_entropy import KeptRows, linear_log_probs, shift_labels
 from fastgemma.patches.engine import Op
+from fastgemma.patches.families import is_gemma4
 from fastgemma.patches.guards import unusable
 from fastgemma.patches.loss import head_unusable
 
 _IGNORED = -100
 # Logit multipliers that TRL honours for other families; no Gemma 4 config has one.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def is_gemma4(model: Any) -> bool:
-    """Whether a model is of a Gemma 4 family, judged by the module that defines its class."""
-    return any(
-        base.__module__.startswith(("transformers.models.gemma4.", "transformers.models.gemma4_unified."))
-        for base in type(model).__mro__
-    )
 
 
 def make_add_fused_lm_head(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:

@@ -98,6 +98,10 @@ def build(name: str, attn_implementation: str = "sdpa", seed: int = 0, **overrid
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
+                if parameter_name.endswith("q_norm.weight"):
+                    # Gemma 4 scales scores by 1: with trivial norms, random queries and keys would give one-hot
+                    # attention, whose gradients turn every rounding into noise.
+                    parameter.mul_(parameter.shape[0] ** -0.5)
             else:
                 scale = 0.7 * parameter.shape[-1] ** -0.5 if "embed" not in parameter_name else 0.2
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,184 @@
+"""Traps around Gemma 4 that ruin runs silently, fixed at the seam where they arise or refused with one clear line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import masking_utils
+
+from fastgemma.patches.engine import Op, PatchError
+from fastgemma.patches.families import is_gemma4
+
+logger = logging.getLogger("fastgemma")
+
+_TOWERS = r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\b.*"
+
+
+def _shares_kv(model: Any) -> bool:
+    return getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) > 0
+
+
+def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """Reentrant checkpointing cuts the gradient that consumers of shared keys and values owe to their producers."""
+    op = ops["checkpointing"]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+        # transformers takes None as non-reentrant, but passes an empty dict through to torch, whose default is
+        # reentrant.
+        if op.active and gradient_checkpointing_kwargs is not None and _shares_kv(self):
+            if gradient_checkpointing_kwargs.get("use_reentrant", True):
+                op.fast()
+                logger.warning(
+                    "fastgemma: reentrant gradient checkpointing loses the gradients of shared keys and values on "
+                    "this model; using use_reentrant=False, which is exact."
+                )
+            gradient_checkpointing_kwargs = {**gradient_checkpointing_kwargs, "use_reentrant": False}
+        return original(self, gradient_checkpointing_kwargs, **kwargs)
+
+    return gradient_checkpointing_enable
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    layer = model.layers[0] if len(model.layers) else None
+    if layer is None or not (model.training and getattr(layer, "gradient_checkpointing", False)):
+        return
+    if torch.is_grad_enabled() and _shares_kv(model) and _is_reentrant(layer):
+        raise PatchError(
+            "fastgemma: this model shares keys and values between layers, and reentrant gradient checkpointing was "
+            "enabled on it before fastgemma.patch(): its gradients would be silently wrong. Call "
+            'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+        )
+
+
+def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
+    """Masks that keep packed documents apart, where stock would let them attend to each other; else None.
+
+    transformers looks for restarting position_ids only where there is neither a 2-D mask nor a cache; a cache is made
+    by default in plain training loops. Padded rows come out the same with or without the document mask: a padding
+    position is a document of its own, which nobody attends to either way.
+    """
+    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    embeds = given.get("inputs_embeds")
+    reference = embeds if embeds is not None else given.get("input_ids")
+    if not model.training or position_ids is None or reference is None or given.get("past_key_values") is not None:
+        return None
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        return None
+    if mask is None and given.get("use_cache") is False:
+        return None  # stock finds the documents itself
+    if given.get("mm_token_type_ids") is not None or position_ids.dim() != 2:
+        return None
+    config = model.config.get_text_config()
+    arguments = {
+        "config": config,
+        # Only its shape, dtype and device are read.
+        "inputs_embeds": torch.empty((*reference.shape[:2], 0), dtype=model.dtype, device=reference.device),
+        "attention_mask": mask,
+        "past_key_values": None,
+        "position_ids": position_ids,
+        "and_mask_function": masking_utils.packed_sequence_mask_function(
+            masking_utils.find_packed_sequence_indices(position_ids.expand(reference.shape[0], -1))
+        ),
+    }
+    return {
+        "full_attention": masking_utils.create_causal_mask(**arguments),
+        "sliding_attention": masking_utils.create_sliding_window_causal_mask(**arguments),
+    }
+
+
+def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """Text and multimodal models: refuses reentrant checkpointing, keeps packed documents apart."""
+    fixes, checkpointing = ops["fixes"], ops.get("checkpointing")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if checkpointing is not None and checkpointing.active:
+            _refuse_reentrant(self)
+        if fixes.active and not args:
+            masks = _packed_masks(self, kwargs)
+            if masks is not None:
+                fixes.fast()
+                kwargs = {**kwargs, "attention_mask": masks}
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module
+    head = model.get_output_embeddings()
+    if head is not None:
+        yield head
+
+
+def make_prepare_for_kbit(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """PEFT's preparation casts every 16-bit tensor to float32: 11 to 14 GB for Gemma 4's embedding tables."""
+    op = ops["fixes"]
+
+    def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not op.active or not is_gemma4(model):
+            return original(model, *args, **kwargs)
+        hidden = [(module, module._parameters.get("weight")) for module in _embeddings(model)]
+        hidden = [(module, weight) for module, weight in hidden if weight is not None]
+        for module, _ in hidden:
+            module._parameters["weight"] = None
+        try:
+            prepared = original(model, *args, **kwargs)
+        finally:
+            for module, weight in hidden:
+                module._parameters["weight"] = weight.requires_grad_(False)
+        op.fast()
+        return prepared
+
+    return prepare_model_for_kbit_training
+
+
+def make_modules_to_not_convert(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """A router in 4 bits picks other experts; it is a thousandth of the weights."""
+    op = ops["fixes"]
+
+    def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        modules = original(model, *args, **kwargs)
+        if op.active and is_gemma4(model) and getattr(model.config.get_text_config(), "enable_moe_block", False):
+            op.fast()
+            modules = [*modules, "router.proj"]
+        return modules
+
+    return get_modules_to_not_convert
+
+
+def make_inject_adapter(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """`target_modules=["q_proj", ...]` also names the towers' clippable layers, which PEFT cannot adapt.
+
+    What keeps it off them is written into the LoraConfig, so that the saved adapter loads in stock PEFT.
+    """
+    op = ops["fixes"]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config[adapter_name]
+        if op.active and is_gemma4(model) and _names_clippable(model, config):
+            config.exclude_modules = _TOWERS
+            op.fast()
+        return original(self, model, adapter_name, *args, **kwargs)
+
+    return inject_adapter
+
+
+def _names_clippable(model: nn.Module, config: Any) -> bool:
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, set | list | tuple) or getattr(config, "exclude_modules", None):
+        return False
+    return any(
+        type(module).__name__ == "Gemma4ClippableLinear" and name.rpartition(".")[2] in targets
+        for name, module in model.named_modules()
+    )

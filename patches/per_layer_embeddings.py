@@ -1,0 +1,283 @@
+"""The per-layer-embedding table stays in the checkpoint file, memory-mapped; the GPU gets only a batch's rows.
+
+The table is the largest tensor of E2B and E4B (4.4 and 5.25 GiB) and is read by row, so it needs neither a place on the
+GPU nor a private copy in host memory. Its module keeps its class's behaviour, but its weight is a plain tensor that
+nothing which walks parameters can see: `.to`, device-map sizing, accelerate's hooks, DDP, PEFT's casts, optimizers. The
+loader and `save_pretrained` go by state_dict and getattr, and still do.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import glob
+import json
+import logging
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.models.gemma4 import modeling_gemma4
+
+from fastgemma.kernels.host_rows import gather_rows
+from fastgemma.patches.engine import Op, PatchError
+
+logger = logging.getLogger("fastgemma")
+
+_HOST_IDS = "_fastgemma_host_ids"
+# "auto" keeps the table on cards of which it takes less than this share.
+_ROOM = 0.2
+
+
+class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
+    """`Gemma4TextScaledWordEmbedding` whose weight is a host tensor: in `state_dict()`, but no parameter."""
+
+    pending_ids: torch.Tensor | None = None
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> None:
+        """Turns a stock embedding into a host one in place; identity, hooks and `isinstance` stay."""
+        weight = module._parameters.pop("weight")
+        module.__class__ = cls
+        module.weight = weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            initialized = getattr(value, "_is_hf_initialized", False)
+            value = value.detach()  # shares the storage; no longer a Parameter, so nn.Module does not register it
+            value._is_hf_initialized = initialized  # else transformers' init writes noise over the mapped pages
+        super().__setattr__(name, value)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        pending, self.pending_ids = self.pending_ids, None
+        if pending is None or pending.shape != input_ids.shape:
+            pending = host_ids(input_ids)
+        # `embed_scale` is an ordinary buffer: it follows the model, so it says where and in what dtype stock's table
+        # would be. Casting the gathered rows equals gathering from a cast table.
+        scale = self.embed_scale
+        rows = gather_rows(self.weight, input_ids if pending is None else pending, scale.device)
+        return rows.to(scale.dtype) * scale
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        key = prefix + "weight"
+        if key not in state_dict:
+            missing.append(key)
+            return
+        unexpected[:] = [name for name in unexpected if name != key]
+        if state_dict[key].shape != self.weight.shape:
+            errors.append(f"size mismatch for {key}: {state_dict[key].shape} and {self.weight.shape}")
+        elif state_dict[key].device.type == "cpu":
+            self.weight = state_dict[key]  # rebound, not copied into: the old one may be a mapped file
+            self.weight._is_hf_initialized = True
+        else:
+            self.weight = state_dict[key].to("cpu")
+            self.weight._is_hf_initialized = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostScaledEmbedding:
+        memo[id(self.weight)] = self.weight  # a reference model shares the read-only table
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+def remember_host_ids(device_ids: torch.Tensor, ids: torch.Tensor) -> None:
+    """Notes that `ids`, on the host, are what `device_ids` was copied from."""
+    setattr(device_ids, _HOST_IDS, (ids, device_ids._version))
+
+
+def host_ids(ids: torch.Tensor) -> torch.Tensor | None:
+    """The host original of ids that were copied to a device, unless they were written to since; CPU ids themselves."""
+    if ids.device.type == "cpu":
+        return ids
+    original, version = getattr(ids, _HOST_IDS, (None, None))
+    return original if version == ids._version else None
+
+
+def _wants_host(op: Op, table_bytes: int) -> bool:
+    if not op.active or op.mode == "gpu":
+        return False
+    if op.mode == "host":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    index = torch.cuda.current_device()
+    card = torch.cuda.get_device_properties(index).total_memory * torch.cuda.get_per_process_memory_fraction(index)
+    return table_bytes > _ROOM * card
+
+
+def _tables(model: nn.Module) -> dict[str, HostScaledEmbedding]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, HostScaledEmbedding)}
+
+
+def map_tensor(files: Iterable[str], suffix: str) -> torch.Tensor | None:
+    """The one tensor whose key ends in `suffix`, as a private map of just its bytes in a safetensors file, or None.
+
+    The loader's own view would keep the map of the whole file alive, and with it every page read for other tensors.
+    """
+    for path in files:
+        if not path.endswith(".safetensors"):
+            continue
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            start = 8 + size
+            for key, entry in json.loads(file.read(size)).items():
+                if not key.endswith(suffix):
+                    continue
+                begin, end = (start + offset for offset in entry["data_offsets"])
+                base = begin - begin % mmap.ALLOCATIONGRANULARITY
+                view = mmap.mmap(file.fileno(), end - base, access=mmap.ACCESS_COPY, offset=base)
+                if hasattr(mmap, "MADV_RANDOM"):
+                    view.madvise(mmap.MADV_RANDOM)  # rows are read singly: read-ahead would be waste
+                flat = torch.frombuffer(view, dtype=str_to_torch_dtype[entry["dtype"]], offset=begin - base)
+                return flat[: (end - begin) // flat.element_size()].view(entry["shape"])
+    return None
+
+
+def make_init(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """Construction, before any device map is computed: "auto" does not count the table either."""
+    op = ops["per_layer_embeddings"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        table = getattr(self, "embed_tokens_per_layer", None)
+        if type(table) is not modeling_gemma4.Gemma4TextScaledWordEmbedding:
+            return
+        # Only a model that is being loaded: one built from a config alone keeps an ordinary table.
+        size = table.weight.numel() * table.weight.element_size()
+        if table.weight.device.type == "meta" and _wants_host(op, size):
+            HostScaledEmbedding.adopt(table)
+
+    return __init__
+
+
+def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """Loading: `load_config.device_map` says where each key is read to, and what the allocator's warm-up counts.
+
+    from_pretrained keeps its own device_map for dispatch, so the model does not become a multi-device one.
+    """
+    op = ops["per_layer_embeddings"]
+
+    def load(model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any):
+        mapped: dict[str, torch.Tensor] = {}
+        for name, table in _tables(model).items():
+            if load_config.device_map is not None:
+                device_map = {**load_config.device_map, f"{name}.weight": "cpu"}
+                load_config = dataclasses.replace(load_config, device_map=device_map)
+            if state_dict or load_config.disable_mmap:
+                continue
+            found = map_tensor(checkpoint_files or (), name.rpartition(".")[2] + ".weight")
+            if found is not None and found.shape == table.weight.shape and table.weight.device.type == "meta":
+                mapped[name] = found
+                # The loader casts to the placeholder's dtype; the file's own dtype makes that no copy.
+                table.weight = table.weight.to(found.dtype)
+        result = original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        for name, table in _tables(model).items():
+            if name in mapped:
+                mapped[name]._is_hf_initialized = True
+                table.weight = mapped[name]
+            elif table.weight.device.type == "meta":
+                # Not in the checkpoint, which stock reports as missing and initialises at random; so here.
+                std = model.config.get_text_config().initializer_range
+                table.weight = torch.empty(table.weight.shape, dtype=table.weight.dtype).normal_(0.0, std)
+            op.fast()
+        return result
+
+    return load
+
+
+def make_lookup(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """`get_per_layer_inputs`: moves the table of a model that was loaded before `patch()`, and guards training it."""
+    op = ops["per_layer_embeddings"]
+
+    def get_per_layer_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        table = self.embed_tokens_per_layer
+        if isinstance(table, HostScaledEmbedding):
+            if self.training and self.embed_tokens.weight.requires_grad and torch.is_grad_enabled():
+                raise PatchError(
+                    "fastgemma: the embeddings are being trained, but the per-layer embedding table was left in the "
+                    "checkpoint file, where it cannot be. Freeze the embeddings (LoRA does), or load the model after "
+                    'fastgemma.patch(per_layer_embeddings="gpu").'
+                )
+            op.fast()
+        elif type(table) is modeling_gemma4.Gemma4TextScaledWordEmbedding and op.active:
+            weight = table.weight
+            if weight.is_cuda and not weight.requires_grad and _wants_host(op, weight.numel() * weight.element_size()):
+                _move_to_host(self, table)
+        return original(self, *args, **kwargs)
+
+    return get_per_layer_inputs
+
+
+def _move_to_host(model: nn.Module, table: nn.Module) -> None:
+    weight = table.weight
+    path = getattr(model.config, "_name_or_path", "") or ""
+    mapped = map_tensor(sorted(glob.glob(os.path.join(path, "*.safetensors"))), "embed_tokens_per_layer.weight")
+    if mapped is not None and _same(mapped, weight):
+        where = "mapped from its checkpoint"
+    else:
+        mapped = weight.detach().to("cpu")
+        where = f"copied to host memory ({mapped.numel() * mapped.element_size() / 2**30:.2f} GiB)"
+    mapped._is_hf_initialized = True
+    HostScaledEmbedding.adopt(table)
+    table.weight = mapped
+    del weight
+    logger.warning(
+        "fastgemma: the per-layer embedding table was %s at the first forward. Call fastgemma.patch() before loading "
+        "the model to keep it off the GPU from the start.",
+        where,
+    )
+
+
+def _same(mapped: torch.Tensor, weight: torch.Tensor, rows: int = 4096) -> bool:
+    if mapped.shape != weight.shape or mapped.dtype != weight.dtype:
+        return False
+    chunks = zip(mapped.split(rows), weight.detach().split(rows))
+    return all(torch.equal(ours, theirs.to("cpu")) for ours, theirs in chunks)
+
+
+def make_send_to_device(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """accelerate's move of a batch to the device: the host copy of its ids is still at hand here."""
+    op = ops["per_layer_embeddings"]
+
+    def send_to_device(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        sent = original(tensor, *args, **kwargs)
+        if op.active and hasattr(tensor, "keys") and "input_ids" in tensor:
+            ids, device_ids = tensor["input_ids"], sent["input_ids"]
+            if isinstance(ids, torch.Tensor) and ids.device.type == "cpu" and device_ids.device.type != "cpu":
+                remember_host_ids(device_ids, ids)
+        return sent
+
+    return send_to_device
+
+
+def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """`Gemma4Model.forward` rewrites soft-token ids on the device; the same is done to the host copy beforehand."""
+    op = ops["per_layer_embeddings"]
+
+    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not op.active or input_ids is None:
+            return original(self, input_ids, *args, **kwargs)
+        table = getattr(self.language_model, "embed_tokens_per_layer", None)
+        ids = host_ids(input_ids) if isinstance(table, HostScaledEmbedding) else None
+        if ids is not None:
+            config = self.config
+            soft = [config.image_token_id, config.video_token_id, config.audio_token_id]
+            is_soft = torch.isin(ids, torch.tensor([token for token in soft if token is not None], dtype=ids.dtype))
+            table.pending_ids = ids.masked_fill(is_soft, config.text_config.pad_token_id)
+        try:
+            return original(self, input_ids, *args, **kwargs)
+        finally:
+            if ids is not None:
+                table.pending_ids = None
+
+    return forward
