@@ -1,0 +1,278 @@
+"""Rewrites the benchmark tables of README.md from the result files.
+
+    python bench/report.py            rewrite the tables
+    python bench/report.py --check    exit with 1 if README.md does not show the present results
+
+A table stands between `<!-- bench:NAME:start -->` and `<!-- bench:NAME:end -->`; NAME is one of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "bench" / "results"
+NOT_MEASURED = "*Not measured yet.*"
+
+Record = dict[str, Any]
+
+_IMPLEMENTATIONS = {"hf": "Transformers + PEFT", "liger": "Liger", "fastgemma": "**fastgemma**"}
+_MODELS = {"e2b": "E2B", "e4b": "E4B", "12b": "12B", "26b-a4b": "26B-A4B", "31b": "31B"}
+_SCRIPTS = {
+    "trainer_path": '`SFTTrainer(model="...")`',
+    "device_map_0": '`device_map={"": 0}`',
+    "no_device_map": "no `device_map`",
+}
+
+
+def read_results(folder: Path) -> list[Record]:
+    """All records of all GPUs; files that are no list of records (other tools' output) are left out."""
+    found: list[Record] = []
+    for path in sorted(folder.glob("*/*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, list):
+            found += [record for record in content if isinstance(record, dict)]
+    return found
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table; the first column reads as text, the others as figures."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _position(value: Any, order: dict[str, Any]) -> tuple[int, str]:
+    keys = list(order)
+    return (keys.index(value) if value in keys else len(keys), str(value))
+
+
+def _subject(record: Record) -> str:
+    name = _MODELS.get(record["model"], record["model"])
+    return f"{name}, towers loaded" if record.get("towers") else f"{name}, text"
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    return (
+        _position(record["model"], _MODELS),
+        bool(record.get("towers")),
+        record.get("seq_len") or 0,
+        record.get("batch") or 0,
+        record.get("cap_gib") or 0,
+        record.get("dropout") or 0,
+        _position(record.get("script"), _SCRIPTS),
+        _position(record["impl"], _IMPLEMENTATIONS),
+    )
+
+
+def _by_gpu(found: list[Record], body: Callable[[list[Record]], str]) -> str:
+    """One table per GPU, each under a line that names the GPU and the software."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in found:
+        groups[record.get("gpu", "unknown")].append(record)
+    if not groups:
+        return NOT_MEASURED
+    parts = []
+    for gpu, group in sorted(groups.items()):
+        versions = []
+        for name in ("torch", "triton", "transformers"):
+            values = sorted({str(record[name]) for record in group if record.get(name)})
+            if values:
+                versions.append(f"{name} {', '.join(values)}")
+        parts.append(f"{gpu}; {'; '.join(versions)}.\n\n{body(sorted(group, key=_order))}")
+    return "\n\n".join(parts)
+
+
+def _experiment(record: Record) -> tuple[Any, ...]:
+    """What two implementations must have in common to be compared."""
+    keys = ("model", "towers", "batch", "seq_len", "rank", "dropout", "optimizer", "checkpointing", "autocast")
+    return tuple(record.get(key) for key in keys)
+
+
+def _remarks(record: Record) -> str:
+    """What sets a run apart from the usual settings."""
+    remarks = []
+    if record.get("cap_gib"):
+        remarks.append(f"{record['cap_gib']} GiB card")
+    if record.get("dropout"):
+        remarks.append(f"dropout {record['dropout']}")
+    if record.get("checkpointing") is False:
+        remarks.append("no checkpointing")
+    if record.get("autocast"):
+        remarks.append("autocast")
+    return f" ({', '.join(remarks)})" if remarks else ""
+
+
+def train_step(found: list[Record]) -> str:
+    """Step times, each beside stock transformers in the same experiment."""
+    chosen = [record for record in found if record.get("bench") == "train_step"]
+    stock = {
+        (record["gpu"], _experiment(record)): record["step_ms"]
+        for record in chosen
+        if record["impl"] == "hf" and record.get("step_ms") and not record.get("cap_gib")
+    }
+
+    def body(group: list[Record]) -> str:
+        rows = []
+        for record in group:
+            base, own = stock.get((record["gpu"], _experiment(record))), record.get("step_ms")
+            rows.append(
+                [
+                    f"{_subject(record)}, {record['batch']} x {record['seq_len']}{_remarks(record)}",
+                    _IMPLEMENTATIONS.get(record["impl"], record["impl"]),
+                    _number(own) if own else "out of memory",
+                    f"{base / own:.1f}x" if base and own else "-",
+                    _number(record.get("tokens_per_s")),
+                    _number(record.get("peak_allocated_gib"), 1),
+                    _number(record.get("loss"), 4),
+                ]
+            )
+        head = ["Training step", "Implementation", "ms", "vs stock", "tokens/s", "peak GiB", "loss"]
+        return _table(head, rows)
+
+    return _by_gpu(chosen, body)
+
+
+def fit(found: list[Record]) -> str:
+    """Whether stock TRL scripts finish under the cap."""
+    chosen = [record for record in found if record.get("bench") == "fit"]
+
+    def body(group: list[Record]) -> str:
+        rows = []
+        for record in group:
+            cap = f"{record['cap_gib']} GiB" if record.get("cap_gib") else "none"
+            rows.append(
+                [
+                    f"{_subject(record)}, {record['batch']} x {record['seq_len']}",
+                    _SCRIPTS.get(record["script"], record["script"]),
+                    _IMPLEMENTATIONS.get(record["impl"], record["impl"]),
+                    cap,
+                    "trains" if record.get("finished") else "fails",
+                    _number(record.get("peak_reserved_gib"), 2),
+                    _number(record.get("step_ms")),
+                    _number(record.get("host_rss_gib"), 1),
+                ]
+            )
+        head = ["Model", "Script", "Implementation", "card", "result", "peak GiB", "ms/step", "host GiB"]
+        return _table(head, rows)
+
+    return _by_gpu(chosen, body)
+
+
+def memory(found: list[Record]) -> str:
+    """Where the memory peak of a training step comes from."""
+    chosen = [
+        record for record in found if record.get("bench") == "train_step" and record.get("weights_gib") is not None
+    ]
+
+    def body(group: list[Record]) -> str:
+        rows = [
+            [
+                f"{_subject(record)}, {record['batch']} x {record['seq_len']}{_remarks(record)}",
+                _IMPLEMENTATIONS.get(record["impl"], record["impl"]),
+                _number(record.get("weights_gib"), 2),
+                _number(record.get("loading_peak_allocated_gib"), 2),
+                _number(record.get("stepping_peak_allocated_gib"), 2),
+                _number(record.get("peak_reserved_gib"), 2),
+            ]
+            for record in group
+        ]
+        head = ["GiB", "Implementation", "weights", "loading peak", "step peak", "reserved"]
+        return _table(head, rows)
+
+    return _by_gpu(chosen, body)
+
+
+def kernels(found: list[Record]) -> str:
+    """Single operations against what the same card can do."""
+    chosen = [record for record in found if record.get("op")]
+
+    def order(record: Record) -> tuple[str, ...]:
+        return tuple(str(record.get(key)) for key in ("op", "direction", "shape", "dtype", "impl"))
+
+    def body(group: list[Record]) -> str:
+        rows = []
+        for record in sorted(group, key=order):
+            shape = record.get("shape")
+            shape = " x ".join(map(str, shape)) if isinstance(shape, list) else str(shape)
+            rows.append(
+                [
+                    str(record["op"]),
+                    str(record.get("direction", "-")),
+                    shape,
+                    str(record.get("dtype", "-")),
+                    _IMPLEMENTATIONS.get(record.get("impl", ""), str(record.get("impl", "-"))),
+                    _number(record.get("ms"), 3),
+                    _number(record.get("gbps")),
+                    _number(record.get("tflops")),
+                    _number(record.get("pct_of_ceiling")),
+                ]
+            )
+        head = ["Operation", "direction", "shape", "dtype", "Implementation", "ms", "GB/s", "TFLOP/s", "% of ceiling"]
+        return _table(head, rows)
+
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in chosen:
+        groups[record.get("gpu", "unknown")].append(record)
+    if not groups:
+        return NOT_MEASURED
+    return "\n\n".join(f"{gpu}.\n\n{body(group)}" for gpu, group in sorted(groups.items()))
+
+
+TABLES: dict[str, Callable[[list[Record]], str]] = {
+    "train_step": train_step,
+    "fit": fit,
+    "memory": memory,
+    "kernels": kernels,
+}
+
+
+def render(text: str, found: list[Record]) -> str:
+    """`text` with the table of every marker pair in it replaced.
+
+    Raises:
+        ValueError: a marker of an unknown table, or a start without its end.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; one of {', '.join(TABLES)}")
+        return f"<!-- bench:{name}:start -->\n\n{TABLES[name](found)}\n\n<!-- bench:{name}:end -->"
+
+    pattern = r"<!-- bench:(?P<name>[\w-]+):start -->.*?<!-- bench:(?P=name):end -->"
+    rendered, pairs = re.subn(pattern, replace, text, flags=re.DOTALL)
+    if pairs != len(re.findall(r"<!-- bench:[\w-]+:(?:start|end) -->", text)) / 2:
+        raise ValueError("a bench marker has no partner")
+    return rendered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    text = arguments.readme.read_text(encoding="utf-8")
+    rendered = render(text, read_results(arguments.results))
+    if arguments.check:
+        if rendered != text:
+            sys.exit(f"{arguments.readme.name} does not show the present results; run python bench/report.py")
+        return
+    if rendered != text:
+        arguments.readme.write_text(rendered, encoding="utf-8")
+        print(f"rewrote {arguments.readme.name}")
+
+
+if __name__ == "__main__":
+    main()
