@@ -1,0 +1,41 @@
+# `make test` and `make demo` need nothing but Python 3.10+ and make: each keeps a virtual environment of its own.
+# `make test-fast` leaves out what takes long. PYTHON chooses the interpreter that builds the environments.
+PYTHON ?= python3
+TEST_ENV := .venv/test
+DEMO_ENV := .venv/demo
+# Without an NVIDIA driver the CPU build of torch will do, and spares gigabytes.
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+PYTEST := OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest
+
+.PHONY: demo test test-fast bench report lint clean
+
+demo: $(DEMO_ENV)/.installed
+	$(DEMO_ENV)/bin/python -m fastgemma demo --output demo_output
+
+test: $(TEST_ENV)/.installed
+	$(PYTEST) -n 2
+
+test-fast: $(TEST_ENV)/.installed
+	$(PYTEST) -n 2 -m "not slow"
+
+bench: $(TEST_ENV)/.installed
+	for impl in hf fastgemma; do $(TEST_ENV)/bin/python bench/train_step.py --impl $$impl --model e2b || exit 1; done
+	$(TEST_ENV)/bin/python bench/fit.py --model e2b
+	$(TEST_ENV)/bin/python bench/report.py
+
+report:
+	$(PYTHON) bench/report.py
+
+lint: $(TEST_ENV)/.installed
+	$(TEST_ENV)/bin/ruff check .
+	$(TEST_ENV)/bin/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info demo_output
+
+%/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet "$(TORCH)"
+	$*/bin/python -m pip install --quiet -e ".[test]"
+	touch $@

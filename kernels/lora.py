@@ -60,6 +60,11 @@ def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor
     return weight
 
 
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * a b, rounded once; with beta 0, addmm does not read its first argument."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
+
+
 def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """y of one projection; x [rows, in_features]."""
     y = torch.mm(x, _dense(projection.weight, x.dtype).t())
@@ -70,7 +75,7 @@ def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     xa = torch.mm(source.to(adapter.A.dtype), adapter.A.t())
     if adapter.A.dtype == y.dtype:
         return torch.addmm(y, xa, adapter.B.t(), alpha=adapter.scaling, out=y)
-    return y.add_(torch.mm(xa, adapter.B.t()).mul_(adapter.scaling))
+    return y.add_(_scaled_mm(xa, adapter.B.t(), adapter.scaling))
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,10 @@ def _project_bwd(
     dy_lora = dy.to(dtype)
     source = (x if projection.dropped is None else projection.dropped).to(dtype)
     if wanted.B:
-        grads.B = torch.mm(dy_lora.t(), torch.mm(source, adapter.A.t())).mul_(adapter.scaling)
+        grads.B = _scaled_mm(dy_lora.t(), torch.mm(source, adapter.A.t()), adapter.scaling)
     if not (wanted.x or wanted.A or wanted.dropped):
         return dx, grads
-    dxa = torch.mm(dy_lora, adapter.B).mul_(adapter.scaling)
+    dxa = _scaled_mm(dy_lora, adapter.B, adapter.scaling)
     if wanted.A:
         grads.A = torch.mm(dxa.t(), source)
     if projection.dropped is not None:

@@ -128,9 +128,7 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         if self.store_full_length_kv:
             shared_kv_states[self.layer_type] = key, value
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, module.eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, module.eager_attention_forward)
         output, weights = attend(
             self,
             query,

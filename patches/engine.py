@@ -15,7 +15,7 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,6 @@ class Row:
     attribute: str
     make: Callable[[Callable[..., Any], dict[str, Op]], Callable[..., Any]]
     parameters: tuple[str, ...] = ()
-    fingerprints: frozenset[str] = frozenset()
     aliases: tuple[str, ...] = ()
     requires: str | None = None  # distribution without which the row does not apply
 
@@ -90,7 +89,7 @@ class _Site:
     replacement: Any = None
     refusal: str | None = None  # why it could not be installed
     absent: bool = False  # the library that it patches is not there at all
-    verified: bool = True  # its source is one that the row lists
+    verified: bool = True  # its source is one that the row was tested with
 
     @property
     def installed(self) -> bool:
@@ -113,10 +112,10 @@ def _source_fingerprint(function: Callable[..., Any]) -> str | None:
 class Engine:
     """The state of all rows. `generation` changes whenever any row is switched."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._sites = [
-            _Site(row, {feature: Op(feature, row.target) for feature in row.features}) for row in rows
-        ]
+    def __init__(self, rows: Iterable[Row], fingerprints: Mapping[str, frozenset[str]] | None = None) -> None:
+        """`fingerprints`: "module:attribute" -> sources that a row was tested with; rows not listed are not checked."""
+        self._sites = [_Site(row, {feature: Op(feature, row.target) for feature in row.features}) for row in rows]
+        self._fingerprints = fingerprints or {}
         self.generation = 0
 
     @property
@@ -189,7 +188,8 @@ class Engine:
         site.refusal = _signature_problem(original, row)
         if site.refusal is not None:
             return
-        site.verified = not row.fingerprints or _source_fingerprint(original) in row.fingerprints
+        known = self._fingerprints.get(f"{row.module}:{row.attribute}")
+        site.verified = known is None or _source_fingerprint(original) in known
         replacement = row.make(original, site.ops)
         functools.update_wrapper(replacement, original)
         replacement = staticmethod(replacement) if isinstance(bound, staticmethod) else replacement

@@ -45,6 +45,12 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
         module.__class__ = cls
         module.weight = weight
 
+    def release(self, dtype: torch.dtype) -> None:
+        """Back to the stock class, with a parameter on "meta" for the loader to fill."""
+        shape = self.__dict__.pop("weight").shape
+        self.__class__ = modeling_gemma4.Gemma4TextScaledWordEmbedding
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             initialized = getattr(value, "_is_hf_initialized", False)
@@ -169,7 +175,9 @@ def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
 
     def load(model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any):
         mapped: dict[str, torch.Tensor] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for name, table in _tables(model).items():
+            dtypes[name] = table.weight.dtype
             if load_config.device_map is not None:
                 device_map = {**load_config.device_map, f"{name}.weight": "cpu"}
                 load_config = dataclasses.replace(load_config, device_map=device_map)
@@ -181,14 +189,14 @@ def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
                 # The loader casts to the placeholder's dtype; the file's own dtype makes that no copy.
                 table.weight = table.weight.to(found.dtype)
         result = original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        unread = result[0].missing_and_mismatched()
         for name, table in _tables(model).items():
+            if f"{name}.weight" in unread:
+                table.release(dtypes[name])  # stock reports it and initialises it at random: there is no file to map
+                continue
             if name in mapped:
                 mapped[name]._is_hf_initialized = True
                 table.weight = mapped[name]
-            elif table.weight.device.type == "meta":
-                # Not in the checkpoint, which stock reports as missing and initialises at random; so here.
-                std = model.config.get_text_config().initializer_range
-                table.weight = torch.empty(table.weight.shape, dtype=table.weight.dtype).normal_(0.0, std)
             op.fast()
         return result
 

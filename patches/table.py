@@ -7,6 +7,7 @@ from fastgemma.patches.attention import make_attention
 from fastgemma.patches.decoder_layer import make_decoder_layer
 from fastgemma.patches.engine import Engine, Row
 from fastgemma.patches.families import FAMILIES
+from fastgemma.patches.fingerprints import FINGERPRINTS
 from fastgemma.patches.loss import make_head_forward
 from fastgemma.patches.mlp import make_mlp
 from fastgemma.patches.norms import make_norm
@@ -140,4 +141,4 @@ ROWS = [
     ),
 ]
 
-ENGINE = Engine(ROWS)
+ENGINE = Engine(ROWS, FINGERPRINTS)

@@ -111,7 +111,33 @@ def build(name: str, attn_implementation: str = "sdpa", seed: int = 0, **overrid
     return model
 
 
-def batch(kind: str, rows: int = 2, seq_len: int = 13, seed: int = 3) -> dict[str, torch.Tensor]:
+def quantize(model: torch.nn.Module) -> None:
+    """Replaces the decoder layers' linears (routers aside) by NF4 ones with double quantisation, in place."""
+    import bitsandbytes
+
+    for layer in model.model.layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is not torch.nn.Linear or type(parent).__name__.endswith("Router"):
+                    continue
+                linear = bitsandbytes.nn.Linear4bit(
+                    child.in_features,
+                    child.out_features,
+                    bias=False,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
+                    compress_statistics=True,
+                )
+                linear.weight = bitsandbytes.nn.Params4bit(
+                    child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
+                )
+                # Moving a 4-bit weight is what quantises it, on the CPU as well.
+                setattr(parent, name, linear.to("cpu"))
+
+
+def batch(
+    kind: str, rows: int = 2, seq_len: int = 13, seed: int = 3, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """A training batch: "padding" (one row right-padded, some labels ignored) or "packing" (documents in one row)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -125,12 +151,13 @@ def batch(kind: str, rows: int = 2, seq_len: int = 13, seed: int = 3) -> dict[st
         ids = ids * mask
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :3] = -100
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if kind == "packing":
-        lengths = (9, 1, 7, 6)
-        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
-        ids = tokens(1, sum(lengths))
-        labels = ids.clone()
-        labels[position_ids == 0] = -100
-        return {"input_ids": ids, "position_ids": position_ids, "labels": labels}
-    raise ValueError(kind)
+        tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    elif kind == "packing":
+        position_ids = torch.cat([torch.arange(n) for n in (9, 1, 7, 6)])[None]
+        ids = tokens(1, position_ids.shape[1])
+        labels = ids.masked_fill(position_ids == 0, -100)
+        tensors = {"input_ids": ids, "position_ids": position_ids, "labels": labels}
+    else:
+        raise ValueError(kind)
+    # With a cache, which is transformers' default, stock would not see that packed rows are several documents.
+    return {**{name: tensor.to(device) for name, tensor in tensors.items()}, "use_cache": False}

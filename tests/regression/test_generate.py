@@ -1,0 +1,58 @@
+"""Generation with a cache and left padding: stock's tokens in float32."""
+
+from __future__ import annotations
+
+import pytest
+import structures
+import torch
+
+import fastgemma
+
+
+def left_padded(device: torch.device) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, structures.VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+
+@pytest.mark.parametrize("cache_implementation", (None, "static"))
+@pytest.mark.parametrize("name", ("e2b", "12b", "26b-a4b"))
+def test_same_tokens_as_stock(name, cache_implementation, device):
+    if name == "26b-a4b" and cache_implementation == "static":
+        pytest.skip("a static cache compiles the decoding step, which expert routing does not allow on the CPU")
+    model = structures.build(name).to(device).eval()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    if cache_implementation is not None:
+        options |= {"cache_implementation": cache_implementation, "disable_compile": True}
+    stock = model.generate(**left_padded(device), **options)
+    before = fastgemma.status()["rope"].fast_calls
+    with fastgemma.patched():
+        patched = model.generate(**left_padded(device), **options)
+    assert fastgemma.status()["rope"].fast_calls > before
+    assert torch.equal(patched, stock)
+
+
+@pytest.mark.parametrize("name", structures.STRUCTURES)
+def test_cached_logits_equal_full_ones(name, device):
+    """Decoding one token at a time gives the logits of one forward over the whole row."""
+    model = structures.build(name).to(device).eval()
+    ids = left_padded(device)["input_ids"][1:]
+    with fastgemma.patched(), torch.no_grad():
+        full = model(input_ids=ids, use_cache=False).logits
+        cache, steps = None, []
+        for position in range(ids.shape[1]):
+            out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_training_after_generation(device):
+    model = structures.build("e2b").to(device).train()
+    batch = structures.batch("padding", device=device)
+    expected = model(**batch).loss
+    with fastgemma.patched():
+        model.eval().generate(**left_padded(device), max_new_tokens=3, do_sample=False)
+        loss = model.train()(**batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
