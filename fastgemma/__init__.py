@@ -1,8 +1,8 @@
 """fastgemma: fused Triton kernels under Hugging Face's Gemma 4, with stock losses and gradients.
 
-    import fastgemma
-    fastgemma.patch()
-    trainer.train()
+import fastgemma
+fastgemma.patch()
+trainer.train()
 """
 
 from fastgemma.api import PatchError, patch, patched, status, unpatch

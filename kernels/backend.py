@@ -6,6 +6,8 @@ macOS): there every operation runs its plain-torch reference.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from typing import Any
 
@@ -19,11 +21,90 @@ except ImportError:  # Triton is published for Linux only
     tl: Any = None
 
 HAS_TRITON: bool = triton is not None
+_INT32_MAX = 2**31 - 1
 
 
 def jit(fn: Any) -> Any:
     """`triton.jit`, or the plain function where Triton is missing (it is then never called)."""
     return triton.jit(fn) if HAS_TRITON else fn
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is made for kernels too, and costs a launch's worth of host time outside them."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+class Kernel:
+    """A Triton kernel, launched as `kernel[grid](name=value, ...)`.
+
+    Triton binds and classifies every argument again at each launch, which costs more host time than a small kernel
+    takes on the GPU. Here a variant that was compiled once is found by what it was specialised on (dtypes, alignment
+    and the values that Triton folds in) and launched directly. Name every parameter in a launch, compiler options last.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self.function = jit(fn)
+        self.__name__: str = fn.__name__
+        self._compiled: dict[Any, Any] = {}
+        if HAS_TRITON:
+            parameters = inspect.signature(fn).parameters.values()
+            self._names = [parameter.name for parameter in parameters]
+            self._first = self._names[0]
+            constexprs = {p.name for p in parameters if "constexpr" in str(p.annotation)}
+            self._runtime = [name for name in self._names if name not in constexprs]
+            self._constexprs = [name for name in self._names if name in constexprs]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> None:
+        first = kwargs[self._first]
+        if not first.is_cuda or torch.compiler.is_compiling():
+            self.function[grid](**kwargs)
+            return
+        device = first.get_device()
+        if _several_devices() and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(grid, **kwargs)
+            return
+        variant = (
+            device,
+            *[kwargs[name] for name in self._constexprs],
+            *[_specialisation(kwargs[name]) for name in self._runtime],
+            *list(kwargs.values())[len(self._names) :],
+        )
+        compiled = self._compiled.get(variant)
+        if compiled is None:
+            # The first launch compiles; what it returns launches itself from then on.
+            self._compiled[variant] = self.function[grid](**kwargs)
+            return
+        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*[kwargs[name] for name in self._names])
+
+
+def _specialisation(value: Any) -> Any:
+    """What Triton compiles a run-time argument into: an integer 1, divisibility by 16, types and alignment."""
+    if value.__class__ is int:
+        if -_INT32_MAX <= value <= _INT32_MAX:
+            return 1 if value == 1 else 2 if value & 15 else 3
+        return 4 if value & 15 else 5
+    if value.__class__ is float:
+        return None
+    return value.dtype, value.data_ptr() & 15 == 0
+
+
+@functools.cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def kernel(fn: Any) -> Kernel:
+    """Decorator of a kernel's entry point; its first argument must be a tensor. Helpers it calls take `jit`."""
+    return Kernel(fn)
 
 
 def interpreting() -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import as_rows, check_dtype, jit, runs_kernel, tl, triton
+from fastgemma.kernels.backend import as_rows, cdiv, check_dtype, jit, kernel, runs_kernel, tl
 from fastgemma.kernels.launch import launch
 
 
@@ -40,7 +40,7 @@ def _gelu_and_grad(g):
     return g * half, half + tail
 
 
-@jit
+@kernel
 def _geglu_fwd_kernel(
     gate_ptr,
     up_ptr,
@@ -62,7 +62,7 @@ def _geglu_fwd_kernel(
     tl.store(h_ptr + rows * n_cols + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@kernel
 def _geglu_bwd_kernel(
     dh_ptr,
     gate_ptr,
@@ -99,7 +99,7 @@ def _geglu_bwd_kernel(
 
 def _tiles(n_rows: int, n_cols: int, device: torch.device):
     config = launch("geglu", str(n_cols), device)
-    return config, (triton.cdiv(n_rows, config.blocks["BLOCK_M"]), triton.cdiv(n_cols, config.blocks["BLOCK_N"]))
+    return config, (cdiv(n_rows, config.blocks["BLOCK_M"]), cdiv(n_cols, config.blocks["BLOCK_N"]))
 
 
 def geglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import as_rows, check_dtype, jit, runs_kernel, tl
+from fastgemma.kernels.backend import as_rows, check_dtype, jit, kernel, runs_kernel, tl
 from fastgemma.kernels.kept_rows import KeptRows
 from fastgemma.kernels.launch import launch
 from fastgemma.kernels.workspace import workspace_bytes as default_workspace_bytes
@@ -82,7 +82,7 @@ def _load_logits(
     return tl.where(mask, z * inverse_temperature, float("-inf")), slope
 
 
-@jit
+@kernel
 def _linear_cross_entropy_fwd_kernel(
     logits_ptr,
     bias_ptr,
@@ -180,7 +180,7 @@ def _linear_cross_entropy_fwd_kernel(
             tl.store(row_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@kernel
 def _linear_cross_entropy_bwd_kernel(
     logits_ptr,
     bias_ptr,

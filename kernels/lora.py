@@ -18,6 +18,7 @@ Source: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023); `peft.tuners.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor
 
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling * a b, rounded once; with beta 0, addmm does not read its first argument."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
+    unread = b[0] if b.shape[0] else b.new_empty(1)
+    return torch.addmm(unread, a, b, beta=0, alpha=scaling)
 
 
 def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -134,6 +136,13 @@ def _project_bwd(
     return dx, grads
 
 
+def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Products here run in the dtypes they were given; entering torch.autocast costs as much as a launch."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 # Tensors of a projection that autograd must see, in this order; None where absent.
 _TENSORS_PER_PROJECTION = 4
 
@@ -171,8 +180,8 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *dys: torch.Tensor | None) -> Any:
-        device = next((dy.device.type for dy in dys if dy is not None), "cpu")
-        with torch.autocast(device, enabled=False):
+        first = next((dy for dy in dys if dy is not None), None)
+        with contextlib.nullcontext() if first is None else _no_autocast(first):
             return backward(ctx, *dys)
 
     return run
@@ -185,9 +194,8 @@ class _Projections(torch.autograd.Function):
         ctx.static = static
         ctx.save_for_backward(x, *tensors)
         ctx.set_materialize_grads(False)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = _rows(x)
-            outs = []
+        rows, outs = _rows(x), []
+        with _no_autocast(x):
             for projection in _unflatten(static, tensors):
                 if projection.dropped is not None:
                     projection = Projection(projection.weight, projection.adapter, _rows(projection.dropped))
@@ -220,8 +228,8 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, static, *tensors):
         gate_projection, up_projection, down_projection = _unflatten(static, tensors)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = _rows(x)
+        rows = _rows(x)
+        with _no_autocast(x):
             gate = _project(rows, gate_projection)
             up = _project(rows, up_projection)
             y = _project(_geglu(gate, up), down_projection)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgemma.kernels.backend import jit, runs_kernel, tl, triton
+from fastgemma.kernels.backend import cdiv, kernel, runs_kernel, tl
 from fastgemma.kernels.launch import launch
 
 
@@ -49,7 +49,7 @@ class NF4Weight:
         return self.packed.device
 
 
-@jit
+@kernel
 def _dequantize_nf4_kernel(
     packed_ptr,
     absmax_ptr,
@@ -111,8 +111,8 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
     config = launch("dequantize_nf4", "any", weight.device)
     nested = weight.nested
     options = {} if weight.device.type == "cpu" else {"enable_fp_fusion": False}
-    _dequantize_nf4_kernel[(triton.cdiv(numel // 2, config.blocks["BLOCK"]),)](
-        packed_ptr=weight.packed.view(torch.uint8),
+    _dequantize_nf4_kernel[(cdiv(numel // 2, config.blocks["BLOCK"]),)](
+        packed_ptr=weight.packed if weight.packed.dtype == torch.uint8 else weight.packed.view(torch.uint8),
         absmax_ptr=weight.absmax,
         code_ptr=weight.code,
         nested_absmax_ptr=weight.code if nested is None else nested.absmax,

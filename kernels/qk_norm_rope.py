@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import check_dtype, jit, runs_kernel, tl, triton
+from fastgemma.kernels.backend import cdiv, check_dtype, jit, kernel, next_power_of_2, runs_kernel, tl
 from fastgemma.kernels.launch import launch
 
 
@@ -55,7 +55,7 @@ def _norm_bwd(g1, g2, x1, x2, rstd, HALF: tl.constexpr):
     return (g1 - h1 * projection) * rstd, (g2 - h2 * projection) * rstd
 
 
-@jit
+@kernel
 def _qk_norm_rope_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -122,7 +122,7 @@ def _qk_norm_rope_fwd_kernel(
         _store_pair(v_out_ptr, out, x1 * rstd, x2 * rstd, mask, HALF)
 
 
-@jit
+@kernel
 def _qk_norm_rope_bwd_kernel(
     dq_out_ptr,
     dk_out_ptr,
@@ -255,7 +255,7 @@ class _QKNormRope(torch.autograd.Function):
             k_rows = q_rows if k is None else _token_rows(k)
             v_rows = k_rows if v is None else _token_rows(v)
             heads = num_heads + num_kv_heads * (1 if v_from_k else 2)
-            _qk_norm_rope_fwd_kernel[(triton.cdiv(n_rows, config.blocks["BLOCK_M"]), heads)](
+            _qk_norm_rope_fwd_kernel[(cdiv(n_rows, config.blocks["BLOCK_M"]), heads)](
                 q_ptr=q_rows,
                 k_ptr=k_rows,
                 v_ptr=v_rows,
@@ -279,10 +279,13 @@ class _QKNormRope(torch.autograd.Function):
                 ROTARY_HALF=rotary_dim // 2,
                 V_FROM_K=v_from_k,
                 HALF=head_dim // 2,
-                BLOCK_D=triton.next_power_of_2(head_dim // 2),
+                BLOCK_D=next_power_of_2(head_dim // 2),
                 **config.kwargs(),
             )
-        ctx.save_for_backward(q, k, v, cos, sin, q_weight, k_weight)
+        # Frozen weights are persistent module state, not activations: no hook needs to see them.
+        ctx.trains = any(ctx.needs_input_grad[5:7])
+        ctx.frozen = () if ctx.trains else (q_weight, k_weight)
+        ctx.save_for_backward(q, k, v, cos, sin, *((q_weight, k_weight) if ctx.trains else ()))
         ctx.shape = (head_dim, rotary_dim, v_from_k, eps)
         ctx.set_materialize_grads(False)
         return q_out, k_out, v_out
@@ -290,13 +293,13 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out, dv_out):
-        q, k, v, cos, sin, q_weight, k_weight = ctx.saved_tensors
+        q, k, v, cos, sin, q_weight, k_weight = (*ctx.saved_tensors, *ctx.frozen)
         head_dim, rotary_dim, v_from_k, eps = ctx.shape
         batch, seq_len = q.shape[:2]
         n_rows = batch * seq_len
         num_heads = q.shape[-1] // head_dim
         num_kv_heads = 0 if k is None else k.shape[-1] // head_dim
-        needs_dweight = ctx.needs_input_grad[5] or (k is not None and ctx.needs_input_grad[6])
+        needs_dweight = ctx.trains
         own_values = k is not None and not v_from_k
 
         def gradient(grad: torch.Tensor | None, heads: int) -> torch.Tensor:
@@ -320,7 +323,7 @@ class _QKNormRope(torch.autograd.Function):
             q_rows = _token_rows(q)
             k_rows = q_rows if k is None else _token_rows(k)
             v_rows = k_rows if v is None else _token_rows(v)
-            blocks = triton.cdiv(n_rows, config.blocks["BLOCK_M"])
+            blocks = cdiv(n_rows, config.blocks["BLOCK_M"])
             heads = num_heads + num_kv_heads * (2 if dv is not None else 1)
             partial = None
             if needs_dweight:
@@ -366,7 +369,7 @@ class _QKNormRope(torch.autograd.Function):
                 V_FROM_K=v_from_k,
                 NEEDS_DWEIGHT=needs_dweight,
                 HALF=head_dim // 2,
-                BLOCK_D=triton.next_power_of_2(head_dim // 2),
+                BLOCK_D=next_power_of_2(head_dim // 2),
                 **config.kwargs(),
             )
             if partial is not None:

@@ -20,14 +20,14 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import as_rows, check_dtype, jit, runs_kernel, tl, triton
+from fastgemma.kernels.backend import as_rows, cdiv, check_dtype, kernel, next_power_of_2, runs_kernel, tl
 from fastgemma.kernels.launch import Launch, launch
 
 # A row is held in registers at once; Gemma 4's widest hidden size is 5376.
 MAX_COLUMNS = 8192
 
 
-@jit
+@kernel
 def _rms_norm_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -69,7 +69,7 @@ def _rms_norm_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * n_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@kernel
 def _rms_norm_bwd_kernel(
     dy_ptr,
     x_ptr,
@@ -123,7 +123,7 @@ def _rms_norm_bwd_kernel(
 
 
 def _row_launch(n_cols: int, device: torch.device) -> tuple[Launch, int]:
-    block_n = triton.next_power_of_2(n_cols)
+    block_n = next_power_of_2(n_cols)
     return launch("rms_norm", str(block_n), device), block_n
 
 
@@ -141,7 +141,7 @@ def _rms_norm_fwd(
     if n_rows == 0:
         return y, rstd
     config, block_n = _row_launch(n_cols, x.device)
-    _rms_norm_fwd_kernel[(triton.cdiv(n_rows, config.blocks["BLOCK_M"]),)](
+    _rms_norm_fwd_kernel[(cdiv(n_rows, config.blocks["BLOCK_M"]),)](
         x_ptr=x,
         weight_ptr=x if weight is None else weight,
         residual_ptr=x if residual is None else residual,
@@ -179,11 +179,11 @@ def _rms_norm_bwd(
     if n_rows == 0:
         return dx, dresidual, torch.zeros_like(weight) if needs_dweight and weight is not None else None
     config, block_n = _row_launch(n_cols, x.device)
-    tiles = triton.cdiv(n_rows, config.blocks["BLOCK_M"])
+    tiles = cdiv(n_rows, config.blocks["BLOCK_M"])
     # The weight's gradient is a sum over rows: few programs, each over many rows, then one sum over programs. A power
     # of two of tiles per program keeps the number of compiled variants small. No atomics: the order is fixed.
-    tiles_per_program = triton.next_power_of_2(triton.cdiv(tiles, 512)) if needs_dweight else 1
-    programs = triton.cdiv(tiles, tiles_per_program)
+    tiles_per_program = next_power_of_2(cdiv(tiles, 512)) if needs_dweight else 1
+    programs = cdiv(tiles, tiles_per_program)
     partial = torch.empty((programs, n_cols), dtype=torch.float32, device=x.device) if needs_dweight else None
     _rms_norm_bwd_kernel[(programs,)](
         dy_ptr=dy,
@@ -222,14 +222,18 @@ class _RMSNorm(torch.autograd.Function):
         weight = None if weight is None else weight.contiguous()
         y, rstd = _rms_norm_fwd(rows, weight, residual_rows, scale, eps, store_rstd=needs_grad)
         if needs_grad:
-            ctx.save_for_backward(x, weight, scale, rstd)
-            ctx.has_residual = residual is not None
+            # What is frozen is persistent module state, not an activation: no hook needs to see it.
+            trained = weight if weight is not None and ctx.needs_input_grad[1] else None
+            ctx.frozen = (None if trained is not None else weight, scale)
+            ctx.save_for_backward(x, trained, rstd)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, scale, rstd = ctx.saved_tensors
+        x, trained, rstd = ctx.saved_tensors
+        frozen, scale = ctx.frozen
+        weight = frozen if trained is None else trained
         needs_dx, needs_dweight, needs_dresidual = ctx.needs_input_grad[:3]
         dresidual = None
         if needs_dx or needs_dweight or (needs_dresidual and scale is not None):

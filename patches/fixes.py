@@ -43,8 +43,8 @@ def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) 
 
 
 def _is_reentrant(layer: nn.Module) -> bool:
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+    keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", None)
+    return keywords is not None and keywords.get("use_reentrant") is not False  # unset, torch takes it as True
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.gemma4 import modeling_gemma4
@@ -217,19 +218,37 @@ def make_lookup(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..
                     'fastgemma.patch(per_layer_embeddings="gpu").'
                 )
             op.fast()
-        elif type(table) is modeling_gemma4.Gemma4TextScaledWordEmbedding and op.active:
-            weight = table.weight
-            if weight.is_cuda and not weight.requires_grad and _wants_host(op, weight.numel() * weight.element_size()):
-                _move_to_host(self, table)
+        else:
+            _move_if_wanted(op, table, self.config)
         return original(self, *args, **kwargs)
 
     return get_per_layer_inputs
 
 
-def _move_to_host(model: nn.Module, table: nn.Module) -> None:
+def _move_if_wanted(op: Op, table: Any, config: Any) -> None:
+    """Moves a frozen stock table off the GPU; `config` is the one that knows where the model was loaded from."""
+    if type(table) is not modeling_gemma4.Gemma4TextScaledWordEmbedding or not op.active:
+        return
     weight = table.weight
-    path = getattr(model.config, "_name_or_path", "") or ""
-    mapped = map_tensor(sorted(glob.glob(os.path.join(path, "*.safetensors"))), "embed_tokens_per_layer.weight")
+    if weight.is_cuda and not weight.requires_grad and _wants_host(op, weight.numel() * weight.element_size()):
+        _move_to_host(table, config)
+
+
+def _checkpoint_files(config: Any) -> list[str]:
+    """The safetensors files beside which a loaded model's config lies; a hub's are looked up in its local cache."""
+    path = getattr(config, "_name_or_path", None) or ""
+    if path and not os.path.isdir(path):
+        try:
+            found = try_to_load_from_cache(path, "config.json", revision=getattr(config, "_commit_hash", None))
+        except ValueError:  # not a repository's name
+            found = None
+        path = os.path.dirname(found) if isinstance(found, str) else ""
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))) if path else []
+
+
+def _move_to_host(table: Any, config: Any) -> None:
+    weight = table.weight
+    mapped = map_tensor(_checkpoint_files(config), "embed_tokens_per_layer.weight")
     if mapped is not None and _same(mapped, weight):
         where = "mapped from its checkpoint"
     else:
@@ -276,6 +295,7 @@ def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) ->
         if not op.active or input_ids is None:
             return original(self, input_ids, *args, **kwargs)
         table = getattr(self.language_model, "embed_tokens_per_layer", None)
+        _move_if_wanted(op, table, self.config)  # here, as the text model's own config names no checkpoint
         ids = host_ids(input_ids) if isinstance(table, HostScaledEmbedding) else None
         if ids is not None:
             config = self.config

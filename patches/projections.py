@@ -30,27 +30,33 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def nf4_weight(layer: nn.Module, x: torch.Tensor) -> NF4Weight:
+def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
     """The weight of a `bitsandbytes.nn.Linear4bit`. Raises Unsupported."""
-    weight: Any = layer.weight
+    weight = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
         state = getattr(layer, "quant_state", None)  # bitsandbytes keeps a second reference here for FSDP
     if state is None:
         raise Unsupported("4-bit weight without a quantisation state")
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    # Read once per weight: the note goes where bitsandbytes would notice a move, with the state that it describes.
+    noted, absmax, address = getattr(state, "_fastgemma_nf4", (None, None, None))
+    if noted is not None and absmax is state.absmax and address == weight.data_ptr():
+        return noted
     if state.quant_type != "nf4":
         raise Unsupported(f"4-bit type {state.quant_type}")
     if getattr(state, "packing_format_for_cpu", False):
         raise Unsupported("4-bit weight repacked for the cpu")
-    if not layer.compute_type_is_set:
-        layer.set_compute_type(x)
-        layer.compute_type_is_set = True
     nested = None
     if state.nested:
         nested = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-    return NF4Weight(
+    read = NF4Weight(
         weight.data, state.absmax, state.code, torch.Size(state.shape), state.dtype, state.blocksize, nested
     )
+    state._fastgemma_nf4 = (read, state.absmax, weight.data_ptr())
+    return read
 
 
 def _base_weight(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | NF4Weight:

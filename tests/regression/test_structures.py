@@ -18,8 +18,8 @@ MODES = ("full", "lora", "dropout", "qlora")
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-def trainable(name: str, mode: str, seed: int = 0) -> torch.nn.Module:
-    model = structures.build(name, seed=seed)
+def trainable(name: str, mode: str, seed: int = 0, **overrides: int) -> torch.nn.Module:
+    model = structures.build(name, seed=seed, **overrides)
     if mode == "qlora":
         structures.quantize(model)
     if mode != "full":
@@ -121,11 +121,14 @@ def test_logits_without_labels_equal_stock(name, device):
 @pytest.mark.parametrize("checkpointing, kind", ((False, "padding"), (True, "packing")))
 @pytest.mark.parametrize("name", structures.STRUCTURES)
 def test_bfloat16_is_as_exact_as_stock(name, mode, checkpointing, kind, device):
-    """Distance to the float32 gradients of the same weights, mean over 5 seeds: like stock's own."""
-    stock_errors: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for seed in range(5):
-        model = trainable(name, mode, seed).to(device, torch.bfloat16)
+    """Distance to the float32 gradients of the same weights, over 10 seeds: like stock's own."""
+    stock_errors: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
+    # With every expert chosen, a rounding cannot flip a token to another expert: the choice is stock's own code, and
+    # one flip outweighs all rounding.
+    overrides = {"top_k_experts": 4} if name == "26b-a4b" else {}
+    for seed in range(10):
+        model = trainable(name, mode, seed, **overrides).to(device, torch.bfloat16)
         if checkpointing:
             checkpoint(model)
         batch = structures.batch(kind, seed=seed, device=device)
@@ -134,11 +137,11 @@ def test_bfloat16_is_as_exact_as_stock(name, mode, checkpointing, kind, device):
             _, patched = run(model, batch)
         _, truth = run(model.float(), batch)
         for key, grad in truth.items():
-            stock_errors[key] = stock_errors.get(key, 0.0) + relative(stock[key], grad) / 5
-            errors[key] = errors.get(key, 0.0) + relative(patched[key], grad) / 5
-    ratios = {key: errors[key] / stock_errors[key] for key in errors}
-    assert statistics.median(ratios.values()) <= 1.25
+            stock_errors.setdefault(key, []).append(relative(stock[key], grad))
+            errors.setdefault(key, []).append(relative(patched[key], grad))
+    ratios = {key: statistics.mean(errors[key]) / statistics.mean(stock_errors[key]) for key in errors}
+    pooled = statistics.mean(map(statistics.mean, errors.values()))
+    assert pooled <= 1.1 * statistics.mean(map(statistics.mean, stock_errors.values()))
     worst = max(ratios, key=ratios.__getitem__)
-    # A single tensor of a model of three to six layers is one draw of rounding noise: its ratio scatters around the
-    # median by about a factor of 1.5 between seeds, in stock against stock (sdpa and eager) too.
-    assert ratios[worst] <= 2.0, f"{worst}: {ratios[worst]:.2f}"
+    # One tensor of a model this small is one draw of rounding noise: over 10 seeds its ratio still scatters.
+    assert ratios[worst] <= 1.6, f"{worst}: {ratios[worst]:.2f}"

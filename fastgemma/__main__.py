@@ -1,0 +1,106 @@
+"""The command line: `python -m fastgemma demo | doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Fused Triton kernels under Hugging Face's Gemma 4.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for the picture and the figures.")] = Path("demo_output"),
+    # typer reads the annotations at run time, where Python 3.10 needs Optional spelled out for it.
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps of each run.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    per_layer_embeddings: Annotated[str, typer.Option(help="That feature's mode: auto, host or gpu.")] = "auto",
+) -> None:
+    """Fine-tune a small Gemma 4 twice, stock and patched, and compare losses, step time and memory."""
+    from fastgemma.demo import DemoError, make_plan, run_demo
+
+    console = Console()
+    try:
+        run_demo(make_plan(device, steps, per_layer_embeddings), output, console)
+    except DemoError as error:
+        Console(stderr=True).print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.command("demo-stage", hidden=True)
+def demo_stage(stage: str, work: Path) -> None:
+    """One part of the demo, in a process of its own."""
+    from fastgemma.demo import run_stage
+
+    run_stage(stage, work)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the GPU, whether the kernels can run here, and what patch() would replace."""
+    import torch
+
+    import fastgemma
+    from fastgemma.demo import gpu_problem
+    from fastgemma.kernels.backend import interpreting
+
+    console = Console()
+    table = Table(title="Versions", show_header=False)
+    table.add_row("fastgemma", fastgemma.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for library in _LIBRARIES:
+        table.add_row(library, _version(library))
+    table.add_row("CUDA of PyTorch", torch.version.cuda or "none")
+    console.print(table)
+
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        console.print(
+            f"GPU {index}: {card.name}, compute capability {card.major}.{card.minor}, "
+            f"{card.total_memory / 2**30:.1f} GiB",
+            highlight=False,
+        )
+    problem = gpu_problem()
+    if problem is None:
+        console.print("Kernels can run on the GPU.", style="green")
+    else:
+        console.print(f"Kernels cannot run on a GPU: {problem}.", style="yellow")
+        if interpreting():
+            console.print("TRITON_INTERPRET=1 is set: they run on the CPU, in Triton's interpreter.", style="yellow")
+
+    try:
+        report = fastgemma.patch()
+    except fastgemma.PatchError as error:
+        console.print(str(error), style="bold red", markup=False)
+        raise typer.Exit(1) from None
+    console.print(str(report), markup=False, highlight=False)
+    fastgemma.unpatch()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Entry point of the `fastgemma` command."""
+    app(prog_name="fastgemma")
+
+
+if __name__ == "__main__":
+    main()
