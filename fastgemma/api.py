@@ -57,6 +57,15 @@ def _apply(settings: dict[str, bool | str], strict: bool = False) -> None:
         _settings.update(dict.fromkeys(FEATURES, False))
         raise
     _settings.update(settings)
+    if settings["cross_entropy"] is True:
+        _report_captured()
+
+
+def _report_captured() -> None:
+    from fastgemma.patches.trl_head import TARGET, trainer_built_before
+
+    if trainer_built_before():
+        _engine().refuse("cross_entropy", TARGET, "a trainer built before patch() keeps TRL's own loss; build it after")
 
 
 def _check_scope() -> None:

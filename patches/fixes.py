@@ -112,13 +112,11 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
     return forward
 
 
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+def _stays_16_bit(model: nn.Module) -> Iterator[nn.Module]:
+    """Embeddings, the head, and linears left out of quantisation: they read and write the same residual stream."""
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or type(module) is nn.Linear:
             yield module
-    head = model.get_output_embeddings()
-    if head is not None:
-        yield head
 
 
 def make_prepare_for_kbit(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
@@ -128,7 +126,7 @@ def make_prepare_for_kbit(original: Callable[..., Any], ops: dict[str, Op]) -> C
     def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not op.active or not is_gemma4(model):
             return original(model, *args, **kwargs)
-        hidden = [(module, module._parameters.get("weight")) for module in _embeddings(model)]
+        hidden = [(module, module._parameters.get("weight")) for module in _stays_16_bit(model)]
         hidden = [(module, weight) for module, weight in hidden if weight is not None]
         for module, _ in hidden:
             module._parameters["weight"] = None

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from fastgemma.kernels.linear_cross_entropy import KeptRows, linear_log_probs, shift_labels
 from fastgemma.patches.engine import Op
@@ -22,6 +25,7 @@ from fastgemma.patches.families import is_gemma4
 from fastgemma.patches.guards import unusable
 from fastgemma.patches.loss import head_unusable
 
+TARGET = "utils.add_fused_lm_head"
 _IGNORED = -100
 # Logit multipliers that TRL honours for other families; no Gemma 4 config has one.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -129,6 +133,18 @@ def make_add_fused_lm_head(original: Callable[..., Any], ops: dict[str, Op]) -> 
         model.forward = types.MethodType(forward, model)
 
     return add_fused_lm_head
+
+
+def trainer_built_before() -> bool:
+    """Whether a Gemma 4 model carries the forward that TRL's own `add_fused_lm_head` gave it."""
+    if "trl.trainer.utils" not in sys.modules:
+        return False
+    return any(
+        getattr(getattr(candidate.__dict__.get("forward"), "__code__", None), "co_name", None) == "_fused_forward"
+        and candidate.forward.__code__.co_filename == sys.modules["trl.trainer.utils"].__file__
+        for candidate in gc.get_objects()
+        if issubclass(type(candidate), PreTrainedModel) and is_gemma4(candidate)  # isinstance would wake lazy modules
+    )
 
 
 def _shift(labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,215 @@
+"""The workspace budget, the launch table, and where kernels run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastgemma.kernels.backend as backend
+import fastgemma.kernels.launch as launch_module
+from fastgemma.kernels.backend import as_rows, check_dtype, runs_kernel
+from fastgemma.kernels.launch import TABLE, Launch, architecture, launch
+from fastgemma.kernels.workspace import set_workspace_bytes, workspace_bytes
+
+MIB, GIB = 1 << 20, 1 << 30
+CARD = torch.device("cuda", 0)  # only named, never used
+
+# The workspace
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretends a CUDA card of so many bytes, of which the process may use a fraction."""
+
+    def pretend(total_memory, fraction=1.0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=int(total_memory))
+        )
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: fraction)
+
+    yield pretend
+    set_workspace_bytes(None)
+
+
+@pytest.mark.parametrize(
+    "marketed_gib, budget_mib", [(6, 256), (8, 256), (12, 512), (16, 512), (24, 1024), (48, 1024), (80, 1024)]
+)
+@pytest.mark.parametrize("reported", [1.0, 0.96])  # drivers report a little less than the box says
+def test_budget_of_a_card(marketed_gib, budget_mib, reported, card):
+    card(marketed_gib * GIB * reported)
+    assert workspace_bytes() == workspace_bytes(CARD) == budget_mib * MIB
+
+
+@pytest.mark.parametrize("fraction, budget_mib", [(1.0, 1024), (0.5, 512), (0.1, 256)])
+def test_memory_fraction_counts_as_a_smaller_card(fraction, budget_mib, card):
+    card(80 * GIB * 0.3, fraction)
+    assert workspace_bytes() == budget_mib * MIB
+
+
+def test_the_card_asked_for_is_the_card_read(card, monkeypatch):
+    card(24 * GIB)
+    sizes = {0: 8, 3: 24}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=sizes[index] * GIB)
+    )
+    assert workspace_bytes(CARD) == 256 * MIB
+    assert workspace_bytes() == workspace_bytes(torch.device("cuda")) == 1024 * MIB
+
+
+def test_budget_without_a_card(card, monkeypatch):
+    card(80 * GIB)
+    assert workspace_bytes(torch.device("cpu")) == 256 * MIB
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert workspace_bytes() == 256 * MIB
+
+
+def test_override(card):
+    card(24 * GIB)
+    set_workspace_bytes(5 * MIB)
+    assert workspace_bytes() == workspace_bytes(CARD) == workspace_bytes(torch.device("cpu")) == 5 * MIB
+    for too_small in (MIB - 1, 0, -1):
+        with pytest.raises(ValueError, match="1 MiB"):
+            set_workspace_bytes(too_small)
+    assert workspace_bytes() == 5 * MIB
+    set_workspace_bytes(None)
+    assert workspace_bytes() == 1024 * MIB
+
+
+# The launch table
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Pretends that every device has this architecture."""
+
+    def pretend(arch):
+        monkeypatch.setattr(launch_module, "architecture", lambda device: arch)
+        launch.cache_clear()
+
+    launch.cache_clear()
+    yield pretend
+    launch.cache_clear()
+
+
+@pytest.mark.parametrize("kernel, shape, arch", list(TABLE), ids=lambda part: str(part))
+def test_every_row_resolves_and_is_well_formed(kernel, shape, arch, on):
+    on("sm_00" if arch == "any" else arch)
+    row = launch(kernel, shape, CARD)
+    assert row is TABLE[kernel, shape, arch]
+    assert row.blocks and all(size > 0 and size & (size - 1) == 0 for size in row.blocks.values())
+    assert row.num_warps in (1, 2, 4, 8, 16, 32) and row.num_stages >= 1
+    assert row.kwargs() == {**row.blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
+
+
+@pytest.mark.parametrize("kernel", sorted({kernel for kernel, _, _ in TABLE}))
+@pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_89", "sm_90", "sm_120", "interpreter"])
+def test_every_kernel_has_a_row_everywhere(kernel, arch, on):
+    on(arch)
+    row = launch(kernel, "a shape without a row", CARD)
+    assert row is TABLE[kernel, "any", "interpreter" if arch == "interpreter" else "any"]
+    names = {tuple(sorted(TABLE[key].blocks)) for key in TABLE if key[0] == kernel}
+    assert len(names) == 1, "rows of one kernel must name the same blocks"
+
+
+def test_most_specific_row_wins(on, monkeypatch):
+    rows = {
+        ("made_up", "any", "any"): Launch({"BLOCK": 1}),
+        ("made_up", "256", "any"): Launch({"BLOCK": 2}),
+        ("made_up", "any", "sm_89"): Launch({"BLOCK": 4}),
+        ("made_up", "256", "sm_89"): Launch({"BLOCK": 8}),
+        ("made_up", "any", "interpreter"): Launch({"BLOCK": 16}),
+    }
+    for key, row in rows.items():
+        monkeypatch.setitem(TABLE, key, row)
+    expected = {
+        ("512", "sm_90"): 1,
+        ("256", "sm_90"): 2,
+        ("512", "sm_89"): 4,
+        ("256", "sm_89"): 8,
+        ("256", "interpreter"): 16,
+    }
+    for (shape, arch), block in expected.items():
+        on(arch)
+        assert launch("made_up", shape, CARD).blocks == {"BLOCK": block}
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
+def test_unknown_kernel(arch, on):
+    on(arch)
+    with pytest.raises(LookupError, match="no row for kernel 'no_such_kernel'"):
+        launch("no_such_kernel", "any", CARD)
+
+
+def test_names_of_architectures(monkeypatch):
+    architecture.cache_clear()
+    assert architecture(torch.device("cpu")) == "interpreter"
+    monkeypatch.setattr(launch_module, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert architecture(CARD) == "sm_120"
+    architecture.cache_clear()
+    monkeypatch.setattr(launch_module, "interpreting", lambda: True)
+    assert architecture(CARD) == "interpreter"
+    architecture.cache_clear()
+
+
+def test_interpreter_row_on_the_cpu(on):
+    assert launch("rms_norm", "256", torch.device("cpu")) is TABLE["rms_norm", "any", "interpreter"]
+
+
+# Where kernels run
+
+
+def test_runs_kernel(monkeypatch):
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    assert runs_kernel(cpu, None, cpu) and not runs_kernel(meta) and not runs_kernel() and not runs_kernel(None)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    assert not runs_kernel(cpu)
+    with pytest.raises(ValueError, match="tensors on cpu and on meta"):
+        runs_kernel(None, cpu, meta)
+
+
+@pytest.mark.parametrize("variable, expected", [("1", True), ("0", False), (None, False)])
+def test_interpreting(variable, expected, monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", variable)
+    assert backend.interpreting() is expected
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    assert not backend.interpreting() and not runs_kernel(torch.zeros(1))
+
+
+def test_jit_without_triton_leaves_the_function(monkeypatch):
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    assert backend.jit(len) is len
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_check_dtype(dtype):
+    with pytest.raises(TypeError, match=f"x is {dtype}"):
+        check_dtype("x", torch.zeros(1, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "tensor, is_view",
+    [
+        (torch.randn(4, 6), True),
+        (torch.randn(2, 3, 6), True),
+        (torch.randn(2, 3, 5, 6)[:, :, 2], True),
+        (torch.randn(4, 9)[:, :6], True),
+        (torch.randn(6), True),
+        (torch.randn(6, 4).t(), False),
+        (torch.randn(4, 12)[:, ::2], False),
+        (torch.randn(3, 2, 6).transpose(0, 1), False),
+        (torch.randn(0, 6), True),
+    ],
+)
+def test_as_rows(tensor, is_view):
+    rows = as_rows(tensor)
+    assert rows.stride(-1) == 1 and torch.equal(rows, tensor.reshape(-1, 6))
+    assert (rows.data_ptr() == tensor.data_ptr()) == is_view
