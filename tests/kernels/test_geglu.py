@@ -86,9 +86,11 @@ def test_half_precision_is_no_worse_than_stock(dtype, device):
 
 def test_whole_range_of_gates(device):
     """Both tails, the bend, and zero; values against float64 one by one."""
-    gate = torch.cat([torch.linspace(-30, 30, 401), torch.tensor([0.0, -0.0, 1e-8, -1e-8, 1e4, -1e4, 1e15, -1e15])])
-    inputs = {"gate": gate.to(device).requires_grad_(), "up": torch.ones(409, device=device, requires_grad=True)}
-    ones = torch.ones(409, device=device)
+    gate = torch.cat(
+        [torch.linspace(-30, 30, 401), torch.tensor([0.0, -0.0, 1e-8, -1e-8, 1e4, -1e4, 1e15, -1e15, 1e25, -1e25])]
+    )
+    inputs = {"gate": gate.to(device).requires_grad_(), "up": torch.ones(411, device=device, requires_grad=True)}
+    ones = torch.ones(411, device=device)
     actual, truth = evaluate(geglu, inputs, [ones]), evaluate(stock, double(inputs), [double(ones)])
     for name, value in actual.items():
         torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=2e-6, msg=name)

@@ -90,6 +90,13 @@ def test_layouts_of_inputs_and_of_the_output_gradient(layout, device):
     check(inputs, fresh(3, 23, 20, device=device, layout=layout, grad=False))
 
 
+@pytest.mark.parametrize("layout", ["sliced columns", "every third row", "expanded"])
+def test_every_tensor_has_its_own_strides(layout, device):
+    inputs = make((3, 23, 20), device, residual=True, scale=True)
+    inputs["residual"] = fresh(3, 23, 20, device=device, layout=layout)
+    check(inputs, fresh(3, 23, 20, device=device, layout="picked from a stack", grad=False))
+
+
 def test_weight_of_any_stride_and_dtype(device):
     inputs = make((11, 24), device)
     inputs["weight"] = fresh(24, device=device, layout="every other column")

@@ -9,7 +9,7 @@ import torch
 
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.launch as launch_module
-from fastgemma.kernels.backend import as_rows, check_dtype, runs_kernel
+from fastgemma.kernels.backend import Kernel, as_rows, cdiv, check_dtype, next_power_of_2, runs_kernel, tl
 from fastgemma.kernels.launch import TABLE, Launch, architecture, launch
 from fastgemma.kernels.workspace import set_workspace_bytes, workspace_bytes
 
@@ -158,6 +158,99 @@ def test_names_of_architectures(monkeypatch):
 
 def test_interpreter_row_on_the_cpu(on):
     assert launch("rms_norm", "256", torch.device("cpu")) is TABLE["rms_norm", "any", "interpreter"]
+
+
+# Launching
+
+
+class FakeTensor:
+    """What a launch reads of a CUDA tensor."""
+
+    is_cuda = True
+
+    def __init__(self, dtype=torch.float32, pointer=1024, index=0):
+        self.dtype, self.pointer, self.index = dtype, pointer, index
+
+    def get_device(self):
+        return self.index
+
+    def data_ptr(self):
+        return self.pointer
+
+
+@pytest.fixture
+def fake_kernel(monkeypatch):
+    """A kernel whose compilations and direct launches are written down, on one pretended card."""
+    monkeypatch.setattr(backend, "_several_devices", lambda: False)
+
+    def function(x_ptr, y_ptr, n_rows, eps, BLOCK: tl.constexpr):
+        raise AssertionError("never run")
+
+    kernel = Kernel(function)
+    compiled, direct = [], []
+
+    class Variant:
+        def __getitem__(self, grid):
+            return lambda *args: direct.append((grid, args))
+
+    class Function:
+        def __getitem__(self, grid):
+            return lambda **kwargs: compiled.append((grid, kwargs)) or Variant()
+
+    kernel.function = Function()
+    return SimpleNamespace(kernel=kernel, compiled=compiled, direct=direct)
+
+
+ARGUMENTS = {"x_ptr": FakeTensor(), "y_ptr": FakeTensor(), "n_rows": 5, "eps": 1e-6, "BLOCK": 8, "num_warps": 4}
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(
+    "change, recompiles",
+    [
+        ({}, False),
+        ({"eps": 0.5}, False),
+        ({"n_rows": 7}, False),
+        ({"x_ptr": FakeTensor(pointer=4096)}, False),
+        ({"n_rows": 1}, True),
+        ({"n_rows": 32}, True),
+        ({"n_rows": 2**31}, True),
+        ({"n_rows": 2**31 + 1}, True),
+        ({"BLOCK": 16}, True),
+        ({"num_warps": 8}, True),
+        ({"x_ptr": FakeTensor(torch.float16)}, True),
+        ({"y_ptr": FakeTensor(torch.float16)}, True),
+        ({"y_ptr": FakeTensor(pointer=1028)}, True),
+        ({"x_ptr": FakeTensor(index=1)}, True),
+    ],
+)
+def test_a_variant_serves_exactly_what_it_was_compiled_for(change, recompiles, fake_kernel):
+    arguments = ARGUMENTS | change
+    fake_kernel.kernel[(3,)](**ARGUMENTS)
+    fake_kernel.kernel[(9, 2)](**arguments)
+    assert len(fake_kernel.compiled) == 1 + recompiles
+    if recompiles:
+        assert fake_kernel.compiled[1] == ((9, 2), arguments)
+    else:
+        parameters = tuple(arguments[name] for name in ("x_ptr", "y_ptr", "n_rows", "eps", "BLOCK"))
+        assert fake_kernel.direct == [((9, 2, 1), parameters)]
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_arguments_may_be_named_in_any_order(fake_kernel):
+    fake_kernel.kernel[(3,)](**ARGUMENTS)
+    swapped = {name: ARGUMENTS[name] for name in ("BLOCK", "eps", "y_ptr", "n_rows", "x_ptr", "num_warps")}
+    fake_kernel.kernel[(3,)](**swapped)
+    parameters = tuple(ARGUMENTS[name] for name in ("x_ptr", "y_ptr", "n_rows", "eps", "BLOCK"))
+    assert len(fake_kernel.compiled) == 1 and fake_kernel.direct == [((3, 1, 1), parameters)]
+
+
+def test_host_arithmetic():
+    for n in range(1, 300):
+        assert [cdiv(n, b) for b in (1, 7, 64)] == [n, (n + 6) // 7, (n + 63) // 64]
+        power = next_power_of_2(n)
+        assert power >= n > power // 2 and power & (power - 1) == 0
+    assert cdiv(0, 7) == 0
 
 
 # Where kernels run

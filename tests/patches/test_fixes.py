@@ -147,7 +147,7 @@ def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["e2b", "12b"])
-def test_kbit_preparation_keeps_the_embeddings(name: str, tied: bool) -> None:
+def test_kbit_preparation_keeps_the_residual_stream_s_weights(name: str, tied: bool) -> None:
     model = structures.build(name, tie_word_embeddings=tied).to(torch.bfloat16)
     embedding = model.model.embed_tokens.weight
     with fastgemma.patched(**FIXES):
@@ -155,12 +155,21 @@ def test_kbit_preparation_keeps_the_embeddings(name: str, tied: bool) -> None:
     assert model.model.embed_tokens.weight is embedding
     assert (model.lm_head.weight is embedding) == tied
     kept = {name for name, dtype in dtypes(model).items() if dtype == torch.bfloat16}
-    expected = {"model.embed_tokens.weight"}
+    # Whatever reads or writes the residual stream keeps its width; norms are cast, as PEFT means to.
+    expected = {f"{module}.weight" for module, layer in model.named_modules() if type(layer) is nn.Linear}
+    expected -= {"lm_head.weight"} if tied else set()
+    expected |= {"model.embed_tokens.weight"}
     expected |= {"model.embed_tokens_per_layer.weight"} if name == "e2b" else set()
-    expected |= set() if tied else {"lm_head.weight"}
     assert kept == expected
     assert {dtype for name, dtype in dtypes(model).items() if name not in kept} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_kbit_preparation_runs_without_autocast() -> None:
+    model = structures.build("e2b").to(torch.bfloat16)
+    with fastgemma.patched(**FIXES):
+        peft.prepare_model_for_kbit_training(model)
+        assert model(**structures.batch("padding")).loss.isfinite()
 
 
 def test_kbit_preparation_of_other_architectures_is_stock_s() -> None:
