@@ -40,7 +40,7 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("rms_norm", "any", "interpreter"): Launch({"BLOCK_M": 64}),
     # Heads of 256 or 512: a tile of tokens by one head.
     ("qk_norm_rope", "256", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
-    ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 4}, num_warps=4),
+    ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 2}, num_warps=4),
     ("qk_norm_rope", "any", "any"): Launch({"BLOCK_M": 16}, num_warps=4),
     ("qk_norm_rope", "any", "interpreter"): Launch({"BLOCK_M": 64}),
     # Elementwise tiles.

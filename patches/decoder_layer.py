@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastgemma.patches.engine import Engine, Op, PatchError
 from fastgemma.patches.mlp import gate_times_up, project_one
@@ -25,8 +27,9 @@ def _check_generation(engine: Engine, generation: int, grad: torch.Tensor) -> No
 def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[..., Any]]:
     """`engine` gives the engine that the row lives in: checkpointed layers note its generation."""
 
-    def make(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    def make(decorated: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
         norms, activation, lora = ops["rms_norm"], ops["geglu"], ops["lora"]
+        original = inspect.unwrap(decorated)
 
         def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if not (norms.active or activation.active or lora.active):
@@ -35,7 +38,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             takes_per_layer_input = hasattr(self, "hidden_size_per_layer_input")
             # Positional arguments are what checkpointing saves: (hidden_states, per_layer_input) on gemma4, and
             # (hidden_states,) on gemma4_unified.
-            per_layer_input = None
+            per_layer_input: Any = None
             if takes_per_layer_input:
                 per_layer_input = args[0] if args else kwargs.pop("per_layer_input", None)
                 args = args[1:]
@@ -67,7 +70,11 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
                     hidden_states.register_hook(functools.partial(_check_generation, current, current.generation))
             return hidden_states
 
-        return forward
+        if original is decorated:
+            return forward
+        # Where transformers checkpoints inside `forward` rather than around it (as 5.23 does), it wraps the method when
+        # a layer class is defined; defining one wraps ours with the same code.
+        return vars(type("PatchedLayer", (GradientCheckpointingLayer,), {"forward": forward}))["forward"]
 
     return make
 

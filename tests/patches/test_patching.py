@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 
@@ -218,6 +219,20 @@ def test_patches_that_change_under_a_checkpointed_backward_raise(device):
         loss = model(**structures.batch("padding", device=device)).loss
     with pytest.raises(fastgemma.PatchError, match="between a checkpointed forward and its backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ("e2b", "12b"))
+def test_checkpointed_layers_are_recomputed(name, device):
+    """transformers checkpoints around a layer's forward or inside it, depending on its version."""
+    model = structures.build(name).to(device).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    runs = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    for block in (contextlib.nullcontext(), fastgemma.patched(), contextlib.nullcontext()):
+        runs.clear()
+        with block:
+            step(model)
+        assert len(runs) == 2
 
 
 def test_backward_twice_and_partial_gradients(device):
