@@ -7,6 +7,7 @@ macOS): there every operation runs its plain-torch reference.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 import torch
 
 try:
-    import triton
-    import triton.language as tl
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
 except ImportError:  # Triton is published for Linux only
-    triton: Any = None
-    tl: Any = None
+    triton = tl = None
 
 HAS_TRITON: bool = triton is not None
 _INT32_MAX = 2**31 - 1

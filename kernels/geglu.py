@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import as_rows, cdiv, check_dtype, jit, kernel, runs_kernel, tl
-from fastgemma.kernels.launch import launch
+from fastgemma.kernels.launch import Launch, launch
 
 
 @jit
@@ -97,8 +97,9 @@ def _geglu_bwd_kernel(
         tl.store(h_ptr + out, (gelu * up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-def _tiles(n_rows: int, n_cols: int, device: torch.device):
-    config = launch("geglu", str(n_cols), device)
+def _tiles(gate: torch.Tensor) -> tuple[Launch, tuple[int, int]]:
+    n_rows, n_cols = gate.shape
+    config = launch("geglu", str(n_cols), gate.device)
     return config, (cdiv(n_rows, config.blocks["BLOCK_M"]), cdiv(n_cols, config.blocks["BLOCK_N"]))
 
 
@@ -107,7 +108,7 @@ def geglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if h.numel() == 0:
         return h
-    config, grid = _tiles(*gate.shape, gate.device)
+    config, grid = _tiles(gate)
     _geglu_fwd_kernel[grid](
         gate_ptr=gate,
         up_ptr=up,
@@ -141,7 +142,7 @@ def geglu_bwd(
     dgate = dh if overwrite_dh else buffer(needs_dgate)
     dup, h = buffer(needs_dup), buffer(needs_h)
     if gate.numel():
-        config, grid = _tiles(*gate.shape, gate.device)
+        config, grid = _tiles(gate)
         _geglu_bwd_kernel[grid](
             dh_ptr=dh,
             gate_ptr=gate,

@@ -147,14 +147,19 @@ def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
 _TENSORS_PER_PROJECTION = 4
 
 
-def _flatten(projections: Sequence[Projection]) -> tuple[tuple, list[torch.Tensor | None]]:
+# Of each projection, what autograd need not see: an NF4 weight and the adapter's scaling.
+_Static = tuple[tuple[NF4Weight | None, float | None], ...]
+
+
+def _flatten(projections: Sequence[Projection]) -> tuple[_Static, list[torch.Tensor | None]]:
     """(what autograd need not see, what it must) of projections."""
-    static, tensors = [], []
+    static: list[tuple[NF4Weight | None, float | None]] = []
+    tensors: list[torch.Tensor | None] = []
     for p in projections:
         frozen = p.weight if isinstance(p.weight, NF4Weight) else None
         static.append((frozen, None if p.adapter is None else p.adapter.scaling))
         tensors += [
-            None if frozen is not None else p.weight,
+            None if isinstance(p.weight, NF4Weight) else p.weight,
             None if p.adapter is None else p.adapter.A,
             None if p.adapter is None else p.adapter.B,
             p.dropped,
@@ -162,7 +167,8 @@ def _flatten(projections: Sequence[Projection]) -> tuple[tuple, list[torch.Tenso
     return tuple(static), tensors
 
 
-def _unflatten(static: tuple, tensors: Sequence[torch.Tensor | None]) -> list[Projection]:
+def _unflatten(static: tuple[Any, ...], tensors: Sequence[Any]) -> list[Projection]:
+    """The projections that `_flatten` took apart."""
     projections = []
     for index, (frozen, scaling) in enumerate(static):
         weight, A, B, dropped = tensors[index * _TENSORS_PER_PROJECTION : (index + 1) * _TENSORS_PER_PROJECTION]
@@ -269,7 +275,7 @@ class _MLP(torch.autograd.Function):
             del dup
         if needs_gate:
             dx, gate_grads = _project_bwd(dgate, rows, gate_projection, dx, _Wanted(needs_x, *wants[0]))
-        grads: list[torch.Tensor | None] = []
+        grads = []
         for g in (gate_grads, up_grads, down_grads):
             grads += [g.weight, g.A, g.B, None]
         return None if dx is None else dx.view(x.shape), None, *grads

@@ -228,8 +228,8 @@ def _token_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -293,7 +293,7 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out, dv_out):
-        q, k, v, cos, sin, q_weight, k_weight = (*ctx.saved_tensors, *ctx.frozen)
+        q, k, v, cos, sin, q_weight, k_weight = ctx.saved_tensors + ctx.frozen
         head_dim, rotary_dim, v_from_k, eps = ctx.shape
         batch, seq_len = q.shape[:2]
         n_rows = batch * seq_len

@@ -16,7 +16,7 @@ from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, plain, unusable
 
 
-def _rotary_dim(attention: nn.Module) -> int:
+def _rotary_dim(attention: Any) -> int:
     """How many dimensions of a head turn: all, or a fraction where the layer's RoPE is "proportional"."""
     parameters = attention.config.rope_parameters[attention.layer_type]
     if parameters["rope_type"] == "proportional":
@@ -25,7 +25,7 @@ def _rotary_dim(attention: nn.Module) -> int:
 
 
 def _rope_unusable(
-    attention: nn.Module, q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    attention: Any, q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
 ) -> str | None:
     """Why `qk_norm_rope` cannot stand in for the norms and rotations of this call, or None."""
     reason = unusable(q)

@@ -47,7 +47,7 @@ def _is_reentrant(layer: nn.Module) -> bool:
     return keywords is not None and keywords.get("use_reentrant") is not False  # unset, torch takes it as True
 
 
-def _refuse_reentrant(model: nn.Module) -> None:
+def _refuse_reentrant(model: Any) -> None:
     layer = model.layers[0] if len(model.layers) else None
     if layer is None or not (model.training and getattr(layer, "gradient_checkpointing", False)):
         return
@@ -77,6 +77,9 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
         return None  # stock finds the documents itself
     if given.get("mm_token_type_ids") is not None or position_ids.dim() != 2:
         return None
+    documents = masking_utils.find_packed_sequence_indices(position_ids.expand(reference.shape[0], -1))
+    if documents is None:
+        return None  # every row is one document
     config = model.config.get_text_config()
     arguments = {
         "config": config,
@@ -85,9 +88,7 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
         "attention_mask": mask,
         "past_key_values": None,
         "position_ids": position_ids,
-        "and_mask_function": masking_utils.packed_sequence_mask_function(
-            masking_utils.find_packed_sequence_indices(position_ids.expand(reference.shape[0], -1))
-        ),
+        "and_mask_function": masking_utils.packed_sequence_mask_function(documents),
     }
     return {
         "full_attention": masking_utils.create_causal_mask(**arguments),
@@ -126,15 +127,19 @@ def make_prepare_for_kbit(original: Callable[..., Any], ops: dict[str, Op]) -> C
     def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not op.active or not is_gemma4(model):
             return original(model, *args, **kwargs)
-        hidden = [(module, module._parameters.get("weight")) for module in _stays_16_bit(model)]
-        hidden = [(module, weight) for module, weight in hidden if weight is not None]
+        hidden: list[tuple[nn.Module, nn.Parameter]] = []
+        for module in _stays_16_bit(model):
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                hidden.append((module, weight))
         for module, _ in hidden:
             module._parameters["weight"] = None
         try:
             prepared = original(model, *args, **kwargs)
         finally:
             for module, weight in hidden:
-                module._parameters["weight"] = weight.requires_grad_(False)
+                weight.requires_grad_(False)
+                module._parameters["weight"] = weight
         op.fast()
         return prepared
 

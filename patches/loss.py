@@ -43,7 +43,7 @@ def _output_class(model: nn.Module) -> type:
     return next(
         value
         for name, value in vars(module).items()
-        if name.endswith("CausalLMOutputWithPast") and dataclasses.is_dataclass(value)
+        if name.endswith("CausalLMOutputWithPast") and isinstance(value, type) and dataclasses.is_dataclass(value)
     )
 
 
@@ -72,7 +72,7 @@ def make_head_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Calla
         if not op.active:
             return original(self, *args, **kwargs)
         given = {**dict(zip(names, args)), **kwargs}
-        labels = given.get("labels")
+        labels: Any = given.get("labels")
         reason = why_not(self, labels, given)
         if reason is not None:
             if labels is not None:

@@ -45,9 +45,7 @@ def make_norm(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
     return forward
 
 
-def add_normed(
-    op: Op, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, scalar: torch.Tensor | None
-) -> torch.Tensor:
+def add_normed(op: Op, norm: Any, x: torch.Tensor, residual: torch.Tensor, scalar: torch.Tensor | None) -> torch.Tensor:
     """`(residual + norm(x)) * scalar`, in one launch where that is exact."""
     reason = None if op.active else "off"
     if op.active:

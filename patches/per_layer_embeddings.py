@@ -34,13 +34,18 @@ _HOST_IDS = "_fastgemma_host_ids"
 _ROOM = 0.2
 
 
+def _mark_initialized(weight: Any) -> None:
+    """Keeps transformers' init, which would write noise over it, off a weight that was read from a file."""
+    weight._is_hf_initialized = True
+
+
 class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
     """`Gemma4TextScaledWordEmbedding` whose weight is a host tensor: in `state_dict()`, but no parameter."""
 
     pending_ids: torch.Tensor | None = None
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> None:
+    def adopt(cls, module: Any) -> None:
         """Turns a stock embedding into a host one in place; identity, hooks and `isinstance` stay."""
         weight = module._parameters.pop("weight")
         module.__class__ = cls
@@ -49,8 +54,9 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
     def release(self, dtype: torch.dtype) -> None:
         """Back to the stock class, with a parameter on "meta" for the loader to fill."""
         shape = self.__dict__.pop("weight").shape
-        self.__class__ = modeling_gemma4.Gemma4TextScaledWordEmbedding
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        module: Any = self
+        module.__class__ = modeling_gemma4.Gemma4TextScaledWordEmbedding
+        module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -82,12 +88,9 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
         unexpected[:] = [name for name in unexpected if name != key]
         if state_dict[key].shape != self.weight.shape:
             errors.append(f"size mismatch for {key}: {state_dict[key].shape} and {self.weight.shape}")
-        elif state_dict[key].device.type == "cpu":
-            self.weight = state_dict[key]  # rebound, not copied into: the old one may be a mapped file
-            self.weight._is_hf_initialized = True
         else:
-            self.weight = state_dict[key].to("cpu")
-            self.weight._is_hf_initialized = True
+            self.weight = state_dict[key].to("cpu")  # rebound, not copied into: the old one may be a mapped file
+            _mark_initialized(self.weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostScaledEmbedding:
         memo[id(self.weight)] = self.weight  # a reference model shares the read-only table
@@ -196,7 +199,7 @@ def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
                 table.release(dtypes[name])  # stock reports it and initialises it at random: there is no file to map
                 continue
             if name in mapped:
-                mapped[name]._is_hf_initialized = True
+                _mark_initialized(mapped[name])
                 table.weight = mapped[name]
             op.fast()
         return result
@@ -254,7 +257,7 @@ def _move_to_host(table: Any, config: Any) -> None:
     else:
         mapped = weight.detach().to("cpu")
         where = f"copied to host memory ({mapped.numel() * mapped.element_size() / 2**30:.2f} GiB)"
-    mapped._is_hf_initialized = True
+    _mark_initialized(mapped)
     HostScaledEmbedding.adopt(table)
     table.weight = mapped
     del weight
@@ -294,7 +297,7 @@ def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) ->
     def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if not op.active or input_ids is None:
             return original(self, input_ids, *args, **kwargs)
-        table = getattr(self.language_model, "embed_tokens_per_layer", None)
+        table: Any = getattr(self.language_model, "embed_tokens_per_layer", None)
         _move_if_wanted(op, table, self.config)  # here, as the text model's own config names no checkpoint
         ids = host_ids(input_ids) if isinstance(table, HostScaledEmbedding) else None
         if ids is not None:
