@@ -4,6 +4,8 @@
 symlinks `fastgemma/kernels` and `fastgemma/patches`; wheels and sdists hold real files in their place.
 """
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
 TRAIN = ["trl>=1.15", "bitsandbytes>=0.48", "accelerate>=1.10", "datasets>=3.0"]
@@ -11,8 +13,10 @@ TRAIN = ["trl>=1.15", "bitsandbytes>=0.48", "accelerate>=1.10", "datasets>=3.0"]
 setup(
     name="fastgemma",
     version="0.1.0",
-    description="Fused Triton kernels that fine-tune Gemma 4 faster and in less memory, with stock losses and gradients",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description=(
+        "Fused Triton kernels that fine-tune Gemma 4 faster and in less memory, with stock losses and gradients"
+    ),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -13,8 +13,6 @@ scales it. GEMMs, each of 2 * N * V * H FLOP:
 
 Hidden states and weight meet in one dtype, the weight cast slab by slab where it has another; the gradients of weight
 and bias are summed over chunks in float32. A chunk's bytes per logit beside the GEMMs are `logits`'s.
-
-Source: fused linear cross-entropy as in Hsu et al., "Liger Kernel" (2024), where the chunked gradient in place is from.
 """
 
 from __future__ import annotations

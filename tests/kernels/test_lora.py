@@ -341,6 +341,15 @@ def test_mlp_keeps_x_gate_and_up_only(base, device):
     assert kept == [26 * INNER] * 2
 
 
+def test_mlp_backward_reuses_the_gradient_it_made(device):
+    inputs = make(device, MLP)
+    freeze_all_but(inputs, ("x",))
+    y = ours_mlp(**inputs)
+    with Dispatched() as seen:
+        torch.autograd.grad(y, inputs["x"], mlp_grad(inputs)[0])
+    assert seen.allocated.count((26, INNER)) == 1  # dup; dgate lies where dh was
+
+
 def test_projections_keep_x_only(device):
     inputs = make(device, THREE)
     saved = []

@@ -343,6 +343,7 @@ def test_calls_whose_masks_stock_makes_itself() -> None:
     model = structures.build("e2b").train()
     assert masked(FIXES, model, input_ids=ids, position_ids=position_ids) == 1
     assert masked(FIXES, model, input_ids=ids) == 0
+    assert masked(FIXES, model, input_ids=ids, position_ids=torch.arange(ids.shape[1])[None]) == 0  # one document
     assert masked(FIXES, model, input_ids=ids, position_ids=position_ids, use_cache=False) == 0
     dense = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     assert masked(FIXES, model, input_ids=ids, position_ids=position_ids, attention_mask=dense) == 0

@@ -16,7 +16,7 @@ def left_padded(device: torch.device) -> dict[str, torch.Tensor]:
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
 
 
-@pytest.mark.parametrize("cache_implementation", (None, "static"))
+@pytest.mark.parametrize("cache_implementation", (None, pytest.param("static", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", ("e2b", "12b", "26b-a4b"))
 def test_same_tokens_as_stock(name, cache_implementation, device):
     if name == "26b-a4b" and cache_implementation == "static":
@@ -33,7 +33,9 @@ def test_same_tokens_as_stock(name, cache_implementation, device):
     assert torch.equal(patched, stock)
 
 
-@pytest.mark.parametrize("name", structures.STRUCTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "12b" else pytest.mark.slow) for name in structures.STRUCTURES]
+)
 def test_cached_logits_equal_full_ones(name, device):
     """Decoding one token at a time gives the logits of one forward over the whole row."""
     model = structures.build(name).to(device).eval()

@@ -25,6 +25,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fastgemma
 
+pytestmark = pytest.mark.slow
+
 KERNELS = ("rms_norm", "rope", "geglu", "lora", "cross_entropy")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STOCK: dict[str, Any] = dict.fromkeys(fastgemma.status(), False)

@@ -1,0 +1,22 @@
+"""Fixtures of the linear cross-entropy's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+import fastgemma.kernels.chunked_head as chunked_head
+import fastgemma.kernels.launch as launch_module
+from fastgemma.kernels.launch import Launch
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """256 columns and 4 rows at a time, so that small shapes take several blocks and chunks, the last ones partial."""
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_ROWS", 4)
+    for arch in ("any", "interpreter"):
+        monkeypatch.setitem(
+            launch_module.TABLE, ("linear_cross_entropy", "any", arch), Launch({"BLOCK_V": 256}, num_warps=4)
+        )
+    launch_module.launch.cache_clear()
+    yield
+    launch_module.launch.cache_clear()
