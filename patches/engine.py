@@ -51,10 +51,6 @@ class Op:
         if not torch.compiler.is_compiling():
             self.fallbacks[reason] += 1
 
-    def reset(self) -> None:
-        self.fast_calls = 0
-        self.fallbacks.clear()
-
 
 @dataclass(frozen=True)
 class Row:
