@@ -14,7 +14,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_attention_heads": 4,
     "head_dim": 16,
     "global_head_dim": 32,
@@ -25,7 +25,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
-_PER_LAYER = {"hidden_size_per_layer_input": 16}
+_PER_LAYER = {"hidden_size_per_layer_input": 64}
 _NO_PER_LAYER = {"hidden_size_per_layer_input": 0}
 
 

@@ -30,7 +30,10 @@ def quantize(shape, device, dtype=torch.float16, blocksize=64, nested=True, stor
     if nested:
         scales = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
     weight = NF4Weight(packed, state.absmax, state.code, torch.Size(shape), dtype, blocksize, scales)
-    return bnb.dequantize_4bit(packed, state).reshape(shape), weight  # it transposes a weight of a single byte
+    # As one flat row: blocks run over rows, which bitsandbytes' code for CPUs with AVX-512 gets wrong where a row ends
+    # inside a block, and a weight of a single byte it transposes.
+    state.shape = torch.Size((dense.numel(),))
+    return bnb.dequantize_4bit(packed, state).reshape(shape), weight
 
 
 def assert_equal_bits(actual, expected):
