@@ -73,6 +73,9 @@ def _geglu_bwd_kernel(
     dh_row_stride,
     gate_row_stride,
     up_row_stride,
+    dgate_row_stride,
+    dup_row_stride,
+    h_row_stride,
     n_rows,
     n_cols,
     NEEDS_DGATE: tl.constexpr,
@@ -88,13 +91,13 @@ def _geglu_bwd_kernel(
     gate = tl.load(gate_ptr + rows * gate_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * up_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gelu, dgelu = _gelu_and_grad(gate)
-    out = rows * n_cols + cols
     if NEEDS_DGATE:
-        tl.store(dgate_ptr + out, (dh * up * dgelu).to(dgate_ptr.dtype.element_ty), mask=mask)
+        dgate = (dh * up * dgelu).to(dgate_ptr.dtype.element_ty)
+        tl.store(dgate_ptr + rows * dgate_row_stride + cols, dgate, mask=mask)
     if NEEDS_DUP:
-        tl.store(dup_ptr + out, (dh * gelu).to(dup_ptr.dtype.element_ty), mask=mask)
+        tl.store(dup_ptr + rows * dup_row_stride + cols, (dh * gelu).to(dup_ptr.dtype.element_ty), mask=mask)
     if NEEDS_H:
-        tl.store(h_ptr + out, (gelu * up).to(h_ptr.dtype.element_ty), mask=mask)
+        tl.store(h_ptr + rows * h_row_stride + cols, (gelu * up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 def _tiles(gate: torch.Tensor) -> tuple[Launch, tuple[int, int]]:
@@ -104,7 +107,9 @@ def _tiles(gate: torch.Tensor) -> tuple[Launch, tuple[int, int]]:
 
 
 def geglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The kernel itself on row matrices: gate, up [rows, columns] with unit column stride -> h, without autograd."""
+    """h [rows, columns] of row matrices gate and up with unit column stride, without autograd."""
+    if not runs_kernel(gate, up):
+        return geglu_reference(gate, up)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if h.numel() == 0:
         return h
@@ -126,41 +131,46 @@ def geglu_bwd(
     dh: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
-    needs_dgate: bool = True,
-    needs_dup: bool = True,
-    needs_h: bool = False,
-    overwrite_dh: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dgate, dup and h (each None unless asked for) from row matrices, without autograd.
+    dgate: torch.Tensor | None,
+    dup: torch.Tensor | None,
+    h: torch.Tensor | None = None,
+) -> None:
+    """Fills the given ones of dgate, dup and h from row matrices with unit column stride, without autograd.
 
-    `overwrite_dh` writes dgate over `dh`: only for a contiguous `dh` that the caller allocated itself.
+    The buffers are the caller's own; one of them may be `dh` itself, which is read before it is written.
     """
-
-    def buffer(wanted: bool) -> torch.Tensor | None:
-        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if wanted else None
-
-    dgate = dh if overwrite_dh else buffer(needs_dgate)
-    dup, h = buffer(needs_dup), buffer(needs_h)
-    if gate.numel():
-        config, grid = _tiles(gate)
-        _geglu_bwd_kernel[grid](
-            dh_ptr=dh,
-            gate_ptr=gate,
-            up_ptr=up,
-            dgate_ptr=dh if dgate is None else dgate,
-            dup_ptr=dh if dup is None else dup,
-            h_ptr=dh if h is None else h,
-            dh_row_stride=dh.stride(0),
-            gate_row_stride=gate.stride(0),
-            up_row_stride=up.stride(0),
-            n_rows=gate.shape[0],
-            n_cols=gate.shape[1],
-            NEEDS_DGATE=needs_dgate,
-            NEEDS_DUP=needs_dup,
-            NEEDS_H=needs_h,
-            **config.kwargs(),
-        )
-    return dgate if needs_dgate else None, dup, h
+    if not runs_kernel(dh, gate, up):
+        with torch.enable_grad():
+            g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            out = geglu_reference(g, u)
+            results = (*torch.autograd.grad(out, (g, u), dh), out.detach())
+        for buffer, result in zip((dgate, dup, h), results):
+            if buffer is not None:
+                buffer.copy_(result)
+        return
+    if gate.numel() == 0:
+        return
+    config, grid = _tiles(gate)
+    _geglu_bwd_kernel[grid](
+        dh_ptr=dh,
+        gate_ptr=gate,
+        up_ptr=up,
+        dgate_ptr=dh if dgate is None else dgate,
+        dup_ptr=dh if dup is None else dup,
+        h_ptr=dh if h is None else h,
+        dh_row_stride=dh.stride(0),
+        gate_row_stride=gate.stride(0),
+        up_row_stride=up.stride(0),
+        dgate_row_stride=0 if dgate is None else dgate.stride(0),
+        dup_row_stride=0 if dup is None else dup.stride(0),
+        h_row_stride=0 if h is None else h.stride(0),
+        n_rows=gate.shape[0],
+        n_cols=gate.shape[1],
+        NEEDS_DGATE=dgate is not None,
+        NEEDS_DUP=dup is not None,
+        NEEDS_H=h is not None,
+        **config.kwargs(),
+    )
 
 
 class _GeGLU(torch.autograd.Function):
@@ -173,7 +183,12 @@ class _GeGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
-        dgate, dup, _ = geglu_bwd(as_rows(dh), as_rows(gate), as_rows(up), *ctx.needs_input_grad)
+        rows = as_rows(gate)
+        dgate, dup = (
+            torch.empty(rows.shape, dtype=gate.dtype, device=gate.device) if needed else None
+            for needed in ctx.needs_input_grad
+        )
+        geglu_bwd(as_rows(dh), rows, as_rows(up), dgate, dup)
         return (
             None if dgate is None else dgate.view(gate.shape),
             None if dup is None else dup.view(gate.shape),

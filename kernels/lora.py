@@ -1,17 +1,17 @@
-"""LoRA matmuls over dense or NF4 base weights: several projections of one input, and the whole GeGLU MLP.
+"""LoRA matmuls over dense or NF4 base weights: several projections of one input.
 
-    y = x W^T + scaling * (d(x) A^T) B^T                      d: dropout on the input, drawn by the caller
+    y = x W^T + scaling * (d(x) A^T) B^T                      d: dropout on the input, a mask of its own per projection
 
     dx = dy W + d'(dxa A),   dxa = scaling * dy B
     dA = dxa^T d(x),  dB = scaling * dy^T (d(x) A^T),  dW = dy^T x   (only where asked for)
 
-The big products are cuBLAS's; what is written here is what surrounds them: the base weight is dequantised into one
-short-lived buffer, LoRA's B part is accumulated into the base product's output, dx is accumulated over projections,
-and x A^T (rank columns) is recomputed rather than kept. Saved for the backward: x (and d(x) where dropout drew one);
-for the MLP x, gate and up, with h = gelu(gate) * up rebuilt.
+The big products are cuBLAS's; what is written here is what surrounds them: NF4 weights are dequantised into one
+short-lived buffer, for all projections of an input together where their outputs lie side by side; so are the products
+with their A's; LoRA's B part is accumulated into the base product's output, dx over projections; x A^T (rank columns)
+and d(x) are recomputed rather than kept. Saved for the backward: x, and the masks that dropout drew (a byte each).
 
 Adapters may have another dtype than x (float32 adapters on a bfloat16 model); their products then run in the
-adapters' dtype, as PEFT's do.
+adapters' dtype, as PEFT's do. Under autocast everything runs in autocast's.
 
 Source: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023); `peft.tuners.lora.layer.Linear`.
 """
@@ -22,18 +22,18 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import check_dtype, runs_kernel
-from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
+from fastgemma.kernels.backend import check_dtype
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
 
+Masks = list[torch.Tensor | None]
 
-@dataclass(frozen=True)
-class Adapter:
+
+class Adapter(NamedTuple):
     """LoRA factors: A [rank, in_features], B [out_features, rank], same dtype, and alpha / rank or the like."""
 
     A: torch.Tensor
@@ -41,16 +41,32 @@ class Adapter:
     scaling: float
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """One linear layer: base weight [out_features, in_features], dense or NF4, and its adapter, if any.
 
-    `dropped` is d(x) in the adapter's dtype where dropout is on, else None.
+    `dropout` is the probability, below 1, with which the adapter's input elements are dropped in this call. The mask is
+    drawn from torch's generator as `torch.nn.functional.dropout` draws it.
     """
 
     weight: torch.Tensor | NF4Weight
     adapter: Adapter | None = None
-    dropped: torch.Tensor | None = None
+    dropout: float = 0.0
+
+
+class Wanted(NamedTuple):
+    """Which of a projection's gradients are asked for."""
+
+    weight: bool = False
+    A: bool = False
+    B: bool = False
+
+
+class Grads(NamedTuple):
+    """A projection's gradients; None where not asked for."""
+
+    weight: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
 
 
 def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -58,350 +74,396 @@ def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor
         # A temporary of the caching allocator: the same block serves the next weight on the same stream.
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device) if dtype != weight.dtype else None
         return dequantize_nf4(weight, out)
-    return weight
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
-def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scaling * a b, rounded once; with beta 0, addmm does not read its first argument."""
-    unread = b[0] if b.shape[0] else b.new_empty(1)
-    return torch.addmm(unread, a, b, beta=0, alpha=scaling)
+    if out is None:
+        out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    return torch.addmm(out, a, b, beta=0, alpha=scaling, out=out)
 
 
-def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
-    """y of one projection; x [rows, in_features]."""
-    y = torch.mm(x, _dense(projection.weight, x.dtype).t())
-    adapter = projection.adapter
-    if adapter is None:
-        return y
-    source = x if projection.dropped is None else projection.dropped
-    xa = torch.mm(source.to(adapter.A.dtype), adapter.A.t())
-    if adapter.A.dtype == y.dtype:
-        return torch.addmm(y, xa, adapter.B.t(), alpha=adapter.scaling, out=y)
-    return y.add_(_scaled_mm(xa, adapter.B.t(), adapter.scaling))
+class _Group(NamedTuple):
+    """Adapters that read the same input, so that one product with their A's, stacked, serves them all."""
+
+    members: list[int]
+    A: torch.Tensor  # [sum of ranks, in_features], in the dtype of the adapters' products
+    ranks: list[int]
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    x: bool
-    weight: bool
-    A: bool
-    B: bool
-    dropped: bool
+class Projections:
+    """Projections of one input, on row matrices and without autograd: for the operations of this file, and for larger
+    ones that contain them. `autocast` is the dtype of an enclosing autocast region, else None."""
 
+    def __init__(self, projections: Sequence[Projection], autocast: torch.dtype | None, masks: Masks | None = None):
+        self.projections = projections
+        self.autocast = autocast
+        self.masks: Masks = [None] * len(projections) if masks is None else masks
+        together: list[int] = []
+        members: list[list[int]] = []
+        for index, (_, adapter, dropout) in enumerate(projections):
+            if adapter is None:
+                continue
+            if dropout or (together and adapter.A.dtype != projections[together[0]][1].A.dtype):  # type: ignore[union-attr]
+                members.append([index])
+            elif together:
+                together.append(index)
+            else:
+                members.append(together)
+                together.append(index)
+        self._groups = [self._group(m) for m in members]
+        self._all_nf4 = len(projections) > 1 and all(isinstance(p.weight, NF4Weight) for p in projections)
 
-@dataclass
-class _Grads:
-    weight: torch.Tensor | None = None
-    A: torch.Tensor | None = None
-    B: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
+    def _group(self, members: list[int]) -> _Group:
+        factors = [self._adapter(index).A for index in members]
+        A = factors[0] if len(factors) == 1 else torch.cat(factors)
+        return _Group(members, self._cast(A), [factor.shape[0] for factor in factors])
 
+    def _adapter(self, index: int) -> Adapter:
+        adapter = self.projections[index].adapter
+        assert adapter is not None
+        return adapter
 
-def _project_bwd(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    projection: Projection,
-    dx: torch.Tensor | None,
-    wanted: _Wanted,
-) -> tuple[torch.Tensor | None, _Grads]:
-    """Gradients of one projection; dx [rows, in_features] is this function's to accumulate into, or None."""
-    grads = _Grads()
-    if wanted.x:
-        weight = _dense(projection.weight, dy.dtype)
-        dx = torch.mm(dy, weight) if dx is None else torch.addmm(dx, dy, weight, out=dx)
-        del weight
-    if wanted.weight:
-        grads.weight = torch.mm(dy.t(), x)
-    adapter = projection.adapter
-    if adapter is None or not (wanted.x or wanted.A or wanted.B or wanted.dropped):
-        return dx, grads
-    dtype = adapter.A.dtype
-    dy_lora = dy.to(dtype)
-    source = (x if projection.dropped is None else projection.dropped).to(dtype)
-    if wanted.B:
-        grads.B = _scaled_mm(dy_lora.t(), torch.mm(source, adapter.A.t()), adapter.scaling)
-    if not (wanted.x or wanted.A or wanted.dropped):
-        return dx, grads
-    dxa = _scaled_mm(dy_lora, adapter.B, adapter.scaling)
-    if wanted.A:
-        grads.A = torch.mm(dxa.t(), source)
-    if projection.dropped is not None:
-        if wanted.dropped:
-            grads.dropped = torch.mm(dxa, adapter.A)
-    elif dx is not None and wanted.x:
-        if dtype == dx.dtype:
-            torch.addmm(dx, dxa, adapter.A, out=dx)
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.autocast is None or tensor.dtype == self.autocast else tensor.to(self.autocast)
+
+    def _stacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weights, one below the other."""
+        heights = [p.weight.shape[0] for p in self.projections]
+        first = self.projections[0].weight
+        out = torch.empty((sum(heights), first.shape[1]), dtype=dtype, device=first.device)
+        for projection, rows in zip(self.projections, out.split(heights)):
+            assert isinstance(projection.weight, NF4Weight)
+            dequantize_nf4(projection.weight, rows)
+        return out
+
+    def _source(self, x: torch.Tensor, group: _Group) -> torch.Tensor:
+        """What a group's A's are multiplied with; drops by a mask that was drawn before, or draws it."""
+        index = group.members[0]
+        rate, mask = self.projections[index].dropout, self.masks[index]
+        if rate:
+            # PEFT drops before autocast casts, and after its own cast to the adapter's dtype.
+            x = x if self.autocast is not None else x.to(group.A.dtype)
+            if mask is None:
+                x, self.masks[index] = torch.native_dropout(x, rate, True)
+            else:
+                x = torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - rate))
+        return x if x.dtype == group.A.dtype else x.to(group.A.dtype)
+
+    def forward(
+        self, x: torch.Tensor, outs: Sequence[torch.Tensor], joint: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Fills `outs`, [rows, out_features] each, from x [rows, in_features], and returns the masks drawn.
+
+        `joint` [rows, sum of out_features] is the buffer in which the `outs` lie side by side, if they do.
+        """
+        cast = self._cast(x)
+        if joint is not None and self._all_nf4:
+            torch.mm(cast, self._stacked(cast.dtype).t(), out=joint)
         else:
-            dx.add_(torch.mm(dxa, adapter.A))
-    return dx, grads
+            for projection, out in zip(self.projections, outs):
+                torch.mm(cast, _dense(projection.weight, cast.dtype).t(), out=out)
+        for group in self._groups:
+            xa = torch.mm(self._source(x, group), group.A.t())
+            for index, xa_part in zip(group.members, xa.split(group.ranks, 1) if len(group.ranks) > 1 else (xa,)):
+                adapter, out = self._adapter(index), outs[index]
+                B = self._cast(adapter.B).t()
+                if xa.dtype == out.dtype:
+                    torch.addmm(out, xa_part, B, alpha=adapter.scaling, out=out)
+                else:
+                    out.add_(_scaled_mm(xa_part, B, adapter.scaling))
+        return [mask for mask in self.masks if mask is not None]
+
+    def _dxa(self, dys: Sequence[torch.Tensor], group: _Group) -> torch.Tensor:
+        """scaling * dy B of a group's members, side by side."""
+        dtype = group.A.dtype
+        dxa = torch.empty((dys[0].shape[0], group.A.shape[0]), dtype=dtype, device=dys[0].device)
+        parts = dxa.split(group.ranks, 1) if len(group.ranks) > 1 else (dxa,)
+        for index, part in zip(group.members, parts):
+            adapter, dy = self._adapter(index), dys[index]
+            _scaled_mm(dy if dy.dtype == dtype else dy.to(dtype), self._cast(adapter.B), adapter.scaling, out=part)
+        return dxa
+
+    def input_gradient(
+        self, dys: Sequence[torch.Tensor], joint: torch.Tensor | None = None, dx: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """dx [rows, in_features], and what `factor_gradients` can use again.
+
+        `joint` is the buffer in which the `dys` lie side by side, if they do; `dx` is accumulated into, if given: the
+        caller's own.
+        """
+        dtype = dys[0].dtype
+        if joint is not None and self._all_nf4:
+            weight = self._stacked(dtype)
+            dx = torch.mm(joint, weight) if dx is None else torch.addmm(dx, joint, weight, out=dx)
+        else:
+            for projection, dy in zip(self.projections, dys):
+                weight = _dense(projection.weight, dtype)
+                dx = torch.mm(dy, weight) if dx is None else torch.addmm(dx, dy, weight, out=dx)
+        assert dx is not None
+        del weight
+        dxas = []
+        for group in self._groups:
+            dxa = self._dxa(dys, group)
+            dxas.append(dxa)
+            rate, mask = self.projections[group.members[0]].dropout, self.masks[group.members[0]]
+            if mask is None and dxa.dtype == dx.dtype:
+                torch.addmm(dx, dxa, group.A, out=dx)
+            else:
+                through = torch.mm(dxa, group.A)
+                if mask is not None:
+                    through = torch.ops.aten.native_dropout_backward(through, mask, 1.0 / (1.0 - rate))
+                dx.add_(through)
+        return dx, dxas
+
+    def factor_gradients(
+        self,
+        dys: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        wanted: Sequence[Wanted],
+        dxas: Sequence[torch.Tensor] = (),
+    ) -> list[Grads]:
+        """Gradients of weights, A's and B's, in their dtypes, from x as the forward had it."""
+        weights: Masks = [None] * len(self.projections)
+        As: Masks = [None] * len(self.projections)
+        Bs: Masks = [None] * len(self.projections)
+        for index, (projection, want) in enumerate(zip(self.projections, wanted)):
+            if want.weight and isinstance(projection.weight, torch.Tensor):
+                weights[index] = torch.mm(dys[index].t(), self._cast(x)).to(projection.weight.dtype)
+        for number, group in enumerate(self._groups):
+            wants_a = any(wanted[index].A for index in group.members)
+            wants_b = any(wanted[index].B for index in group.members)
+            if not (wants_a or wants_b):
+                continue
+            source, several = self._source(x, group), len(group.ranks) > 1
+            if wants_b:
+                xa = torch.mm(source, group.A.t())
+                for index, part in zip(group.members, xa.split(group.ranks, 1) if several else (xa,)):
+                    if wanted[index].B:
+                        adapter, dy = self._adapter(index), dys[index]
+                        dy = dy if dy.dtype == xa.dtype else dy.to(xa.dtype)
+                        Bs[index] = _scaled_mm(dy.t(), part, adapter.scaling).to(adapter.B.dtype)
+            if wants_a:
+                dxa = dxas[number] if dxas else self._dxa(dys, group)
+                dA = torch.mm(dxa.t(), source)
+                for index, part in zip(group.members, dA.split(group.ranks) if several else (dA,)):
+                    if wanted[index].A:
+                        As[index] = part.to(self._adapter(index).A.dtype)
+        return [Grads(*grads) for grads in zip(weights, As, Bs)]
 
 
-def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Products here run in the dtypes they were given; entering torch.autocast costs as much as a launch."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
-# Tensors of a projection that autograd must see, in this order; None where absent.
-_TENSORS_PER_PROJECTION = 4
-
-
-# Of each projection, what autograd need not see: an NF4 weight and the adapter's scaling.
-_Static = tuple[tuple[NF4Weight | None, float | None], ...]
-
-
-def _flatten(projections: Sequence[Projection]) -> tuple[_Static, list[torch.Tensor | None]]:
-    """(what autograd need not see, what it must) of projections."""
-    static: list[tuple[NF4Weight | None, float | None]] = []
-    tensors: list[torch.Tensor | None] = []
-    for p in projections:
-        frozen = p.weight if isinstance(p.weight, NF4Weight) else None
-        static.append((frozen, None if p.adapter is None else p.adapter.scaling))
-        tensors += [
-            None if isinstance(p.weight, NF4Weight) else p.weight,
-            None if p.adapter is None else p.adapter.A,
-            None if p.adapter is None else p.adapter.B,
-            p.dropped,
-        ]
-    return tuple(static), tensors
-
-
-def _unflatten(static: tuple[Any, ...], tensors: Sequence[Any]) -> list[Projection]:
-    """The projections that `_flatten` took apart."""
-    projections = []
-    for index, (frozen, scaling) in enumerate(static):
-        weight, A, B, dropped = tensors[index * _TENSORS_PER_PROJECTION : (index + 1) * _TENSORS_PER_PROJECTION]
-        adapter = None if A is None else Adapter(A, B, scaling)
-        projections.append(Projection(weight if frozen is None else frozen, adapter, dropped))
-    return projections
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward in its tensors' own dtypes, as its forward, also where the caller runs it inside autocast."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *dys: torch.Tensor | None) -> Any:
         first = next((dy for dy in dys if dy is not None), None)
-        with contextlib.nullcontext() if first is None else _no_autocast(first):
+        if first is None or not torch.is_autocast_enabled(first.device.type):
+            return backward(ctx, *dys)
+        with torch.autocast(first.device.type, enabled=False):
             return backward(ctx, *dys)
 
     return run
 
 
-class _Projections(torch.autograd.Function):
+# What autograd need not see of tensors and projections: frozen tensors and NF4 weights; a mark where it must.
+Static = tuple[Any, ...]
+_TRAINED = object()
+
+
+def split_trained(tensors: Sequence[torch.Tensor | NF4Weight | None]) -> tuple[Static, list[torch.Tensor]]:
+    """(frozen ones in their places, trained ones): what is frozen is persistent module state, not an activation, and
+    rides along outside `save_for_backward`."""
+    static, trained = [], []
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            trained.append(tensor)
+            static.append(_TRAINED)
+        else:
+            static.append(tensor)
+    return tuple(static), trained
+
+
+def join_trained(static: Static, trained: Sequence[Any]) -> list[Any]:
+    """The sequence that `split_trained` took apart; `trained` may hold anything in place of the trained tensors."""
+    rest = iter(trained)
+    return [next(rest) if item is _TRAINED else item for item in static]
+
+
+def wanted_of(static: Static, needed: Sequence[bool]) -> list[bool]:
+    """For each place whether its gradient is asked for, from `needed` of the trained ones."""
+    rest = iter(needed)
+    return [item is _TRAINED and next(rest) for item in static]
+
+
+def trained_only(static: Static, items: Sequence[Any]) -> list[Any]:
+    """Of one item for each place, those of the trained ones."""
+    return [item for place, item in zip(static, items) if place is _TRAINED]
+
+
+def parts_of(projections: Sequence[Projection]) -> list[torch.Tensor | NF4Weight | None]:
+    """weight, A and B of each projection."""
+    parts: list[torch.Tensor | NF4Weight | None] = []
+    for weight, adapter, _ in projections:
+        parts += (weight, None, None) if adapter is None else (weight, adapter.A, adapter.B)
+    return parts
+
+
+def numbers_of(projections: Sequence[Projection]) -> tuple[tuple[float, float], ...]:
+    """scaling and dropout of each projection."""
+    return tuple((0.0 if adapter is None else adapter.scaling, dropout) for _, adapter, dropout in projections)
+
+
+def projections_of(parts: Sequence[Any], numbers: Sequence[tuple[float, float]]) -> list[Projection]:
+    """The projections that `parts_of` and `numbers_of` took apart."""
+    return [
+        Projection(parts[3 * i], None if parts[3 * i + 1] is None else Adapter(*parts[3 * i + 1 : 3 * i + 3], scaling), p)
+        for i, (scaling, p) in enumerate(numbers)
+    ]
+
+
+def masks_of(projections: Sequence[Projection], drawn: Sequence[torch.Tensor]) -> Masks:
+    """The masks that a forward drew, in the places of the projections that they belong to."""
+    rest = iter(drawn)
+    return [next(rest) if adapter is not None and dropout else None for _, adapter, dropout in projections]
+
+
+def wants_of(flags: Sequence[bool]) -> list[Wanted]:
+    """`flags` for weight, A and B of each projection, projection by projection."""
+    return [Wanted(*flags[i : i + 3]) for i in range(0, len(flags), 3)]
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, columns], for a matrix product."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class _LoraProjections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, static, *tensors):
-        # NF4 weights are persistent module state, not activations: they ride along outside save_for_backward.
-        ctx.static = static
-        ctx.save_for_backward(x, *tensors)
+    def forward(ctx, x, static, numbers, autocast, *trained):
         ctx.set_materialize_grads(False)
-        rows, outs = _rows(x), []
-        with _no_autocast(x):
-            for projection in _unflatten(static, tensors):
-                if projection.dropped is not None:
-                    projection = Projection(projection.weight, projection.adapter, _rows(projection.dropped))
-                outs.append(_project(rows, projection).view(*x.shape[:-1], projection.weight.shape[0]))
-        return tuple(outs)
+        ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
+        rows = rows_of(x)
+        projections = projections_of(join_trained(static, trained), numbers)
+        dtype = x.dtype if autocast is None else autocast
+        outs = [torch.empty((rows.shape[0], p.weight.shape[0]), dtype=dtype, device=x.device) for p in projections]
+        with without_autocast(x):
+            masks = Projections(projections, autocast).forward(rows, outs)
+        ctx.n_trained = len(trained)
+        ctx.save_for_backward(x, *trained, *masks)
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @backward_without_autocast
     def backward(ctx, *dys):
-        x, *tensors = ctx.saved_tensors
-        rows = _rows(x)
-        dx, grads = None, []
-        for index, (dy, projection) in enumerate(zip(dys, _unflatten(ctx.static, tensors))):
-            base = 2 + index * _TENSORS_PER_PROJECTION
-            need_weight, need_A, need_B, need_dropped = ctx.needs_input_grad[base : base + _TENSORS_PER_PROJECTION]
-            if dy is None:
-                grads += [None] * _TENSORS_PER_PROJECTION
-                continue
-            dropped = projection.dropped
-            if dropped is not None:
-                projection = Projection(projection.weight, projection.adapter, _rows(dropped))
-            wanted = _Wanted(ctx.needs_input_grad[0], need_weight, need_A, need_B, need_dropped)
-            dx, g = _project_bwd(_rows(dy), rows, projection, dx, wanted)
-            grads += [g.weight, g.A, g.B, None if g.dropped is None else g.dropped.view(dropped.shape)]
-        return None if dx is None else dx.view(x.shape), None, *grads
+        x, *rest = ctx.saved_tensors
+        trained, drawn = rest[: ctx.n_trained], rest[ctx.n_trained :]
+        projections = projections_of(join_trained(ctx.static, trained), ctx.numbers)
+        masks = masks_of(projections, drawn)
+        wanted = wants_of(wanted_of(ctx.static, ctx.needs_input_grad[4:]))
+        used = [index for index, dy in enumerate(dys) if dy is not None]
+        if not used:
+            return (None,) * (4 + ctx.n_trained)
+        bundle = Projections([projections[i] for i in used], ctx.autocast, [masks[i] for i in used])
+        used_dys, rows = [rows_of(dys[i]) for i in used], rows_of(x)
+        dx, dxas = None, []
+        if ctx.needs_input_grad[0]:
+            dx, dxas = bundle.input_gradient(used_dys)
+            dx = dx.view(x.shape).to(x.dtype)
+        grads = [Grads()] * len(projections)
+        for index, grad in zip(used, bundle.factor_gradients(used_dys, rows, [wanted[i] for i in used], dxas)):
+            grads[index] = grad
+        flat = [gradient for grad in grads for gradient in grad]
+        return dx, None, None, None, *trained_only(ctx.static, flat)
 
 
-class _MLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, static, *tensors):
-        gate_projection, up_projection, down_projection = _unflatten(static, tensors)
-        rows = _rows(x)
-        with _no_autocast(x):
-            gate = _project(rows, gate_projection)
-            up = _project(rows, up_projection)
-            y = _project(_geglu(gate, up), down_projection)
-        ctx.static = static
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, gate, up, *tensors)
-        return y.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx, dy):
-        x, gate, up, *tensors = ctx.saved_tensors
-        projections = _unflatten(ctx.static, tensors)
-        needs_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        wants = [need[i * _TENSORS_PER_PROJECTION : (i + 1) * _TENSORS_PER_PROJECTION] for i in range(3)]
-        needs_gate = needs_x or any(wants[0])
-        needs_up = needs_x or any(wants[1])
-        rows, dy = _rows(x), _rows(dy)
-        gate_projection, up_projection, down_projection = projections
-
-        # Down first, and its input h rebuilt only where A, B or W of it want a gradient.
-        needs_h = any(wants[2])
-        dh, dgate, dup, h = None, None, None, None
-        down_grads = _Grads()
-        if needs_gate or needs_up:
-            dh, _ = _project_bwd(dy, rows, down_projection, None, _Wanted(True, False, False, False, False))
-            dgate, dup, h = _geglu_bwd(dh, gate, up, needs_h)
-            del dh
-        if needs_h:
-            h = _geglu(gate, up) if h is None else h
-            _, down_grads = _project_bwd(dy, h, down_projection, None, _Wanted(False, *wants[2]))
-            del h
-        dx, up_grads, gate_grads = None, _Grads(), _Grads()
-        if needs_up:
-            dx, up_grads = _project_bwd(dup, rows, up_projection, dx, _Wanted(needs_x, *wants[1]))
-            del dup
-        if needs_gate:
-            dx, gate_grads = _project_bwd(dgate, rows, gate_projection, dx, _Wanted(needs_x, *wants[0]))
-        grads = []
-        for g in (gate_grads, up_grads, down_grads):
-            grads += [g.weight, g.A, g.B, None]
-        return None if dx is None else dx.view(x.shape), None, *grads
-
-
-def _geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return geglu_fwd(gate, up) if runs_kernel(gate, up) else geglu_reference(gate, up)
-
-
-def _geglu_bwd(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, needs_h: bool):
-    if runs_kernel(gate, up):
-        return geglu_bwd(dh, gate, up, needs_h=needs_h, overwrite_dh=True)
-    with torch.enable_grad():
-        g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
-        h = geglu_reference(g, u)
-        dgate, dup = torch.autograd.grad(h, (g, u), dh)
-    return dgate, dup, h.detach()
-
-
-def _check(x: torch.Tensor, projections: Sequence[Projection]) -> None:
+def check_projections(x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None) -> None:
+    """Raises TypeError or ValueError where the projections do not fit x [..., in_features]."""
     check_dtype("x", x)
-    for p in projections:
-        if p.weight.shape[1] != x.shape[-1]:
+    device, features = x.device, x.shape[-1]
+    for weight, adapter, dropout in projections:
+        if weight.shape[1] != features:
             raise ValueError(
-                f"fastgemma: a weight of shape {tuple(p.weight.shape)} does not fit an input of {x.shape[-1]} features."
+                f"fastgemma: a weight of shape {tuple(weight.shape)} does not fit an input of {features} features."
             )
-        if not isinstance(p.weight, NF4Weight) and p.weight.dtype != x.dtype:
-            raise TypeError(f"fastgemma: x is {x.dtype}, a base weight {p.weight.dtype}; cast one.")
-        if p.weight.device != x.device:
-            raise ValueError(f"fastgemma: x is on {x.device}, a base weight on {p.weight.device}; move one.")
-        if p.adapter is not None:
-            rank = p.adapter.A.shape[0]
-            if p.adapter.A.shape != (rank, p.weight.shape[1]) or p.adapter.B.shape != (p.weight.shape[0], rank):
-                raise ValueError(
-                    f"fastgemma: LoRA factors {tuple(p.adapter.A.shape)} and {tuple(p.adapter.B.shape)} do not fit a "
-                    f"weight of shape {tuple(p.weight.shape)}."
-                )
-            if p.adapter.A.device != x.device or p.adapter.B.device != x.device:
-                raise ValueError(
-                    f"fastgemma: x is on {x.device}, LoRA factors on {p.adapter.A.device} and {p.adapter.B.device}; "
-                    "move one."
-                )
-            if p.adapter.A.dtype != p.adapter.B.dtype:
-                raise TypeError(f"fastgemma: LoRA factors are {p.adapter.A.dtype} and {p.adapter.B.dtype}; cast one.")
-        if p.dropped is not None and p.dropped.shape != x.shape:
-            raise ValueError(f"fastgemma: dropped input {tuple(p.dropped.shape)} for an input {tuple(x.shape)}.")
+        if autocast is None and not isinstance(weight, NF4Weight) and weight.dtype != x.dtype:
+            raise TypeError(f"fastgemma: x is {x.dtype}, a base weight {weight.dtype}; cast one.")
+        if weight.device != device:
+            raise ValueError(f"fastgemma: x is on {device}, a base weight on {weight.device}; move one.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"fastgemma: dropout is {dropout}; give a probability below 1.")
+        if adapter is None:
+            continue
+        A, B, _ = adapter
+        if A.shape != (B.shape[1], features) or B.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"fastgemma: LoRA factors {tuple(A.shape)} and {tuple(B.shape)} do not fit a weight of shape "
+                f"{tuple(weight.shape)}."
+            )
+        if A.device != device or B.device != device:
+            raise ValueError(f"fastgemma: x is on {device}, LoRA factors on {A.device} and {B.device}; move one.")
+        if A.dtype != B.dtype:
+            raise TypeError(f"fastgemma: LoRA factors are {A.dtype} and {B.dtype}; cast one.")
 
 
-def lora_projections(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
+def lora_projections(
+    x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
     """Several projections of one input, with one accumulated input gradient.
 
     Args:
         x: [..., in_features], float32, bfloat16 or float16.
         projections: dense weights in x's dtype, or NF4 ones; adapters of any rank, in x's dtype or another.
+        autocast: run every product in this dtype, whatever the tensors have, as torch.autocast would; None: as above.
 
     Returns:
-        One [..., out_features] per projection, in x's dtype.
+        One [..., out_features] per projection, in x's dtype, or in autocast's.
 
     Raises:
-        TypeError: dtypes that do not fit. ValueError: shapes that do not fit, or different devices.
+        TypeError: dtypes that do not fit. ValueError: shapes that do not fit, different devices, or a dropout of 1.
     """
-    _check(x, projections)
-    static, tensors = _flatten(projections)
-    return _Projections.apply(x, static, *tensors)
+    check_projections(x, projections, autocast)
+    static, trained = split_trained(parts_of(projections))
+    return _LoraProjections.apply(x, static, numbers_of(projections), autocast, *trained)
 
 
-def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+def lora_linear(x: torch.Tensor, projection: Projection, autocast: torch.dtype | None = None) -> torch.Tensor:
     """One projection: [..., in_features] -> [..., out_features]. See `lora_projections`."""
-    return lora_projections(x, (projection,))[0]
+    return lora_projections(x, (projection,), autocast)[0]
 
 
 def lora_qkv(
-    x: torch.Tensor, q: Projection, k: Projection | None = None, v: Projection | None = None
+    x: torch.Tensor,
+    q: Projection,
+    k: Projection | None = None,
+    v: Projection | None = None,
+    autocast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The attention projections of one layer: q alone (shared keys and values), q and k (values from keys), or all.
 
     Returns:
         q, k, v as [..., out_features]; None where no projection was given. See `lora_projections` for the rest.
     """
-    given = [p for p in (q, k, v) if p is not None]
-    outs = iter(lora_projections(x, given))
+    outs = iter(lora_projections(x, [p for p in (q, k, v) if p is not None], autocast))
     return next(outs), None if k is None else next(outs), None if v is None else next(outs)
-
-
-def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection) -> torch.Tensor:
-    """`down(gelu_tanh(gate(x)) * up(x))`, saving x, gate and up.
-
-    Args:
-        x: [..., hidden_size], float32, bfloat16 or float16.
-        gate, up: hidden_size -> intermediate_size; down: intermediate_size -> hidden_size. None may carry a `dropped`
-            input: with dropout on, compose `lora_projections`, `geglu` and `lora_linear`, as dropout on h needs h.
-
-    Returns:
-        [..., hidden_size] in x's dtype.
-
-    Raises:
-        TypeError: dtypes that do not fit. ValueError: shapes that do not fit, a dropped input, or different devices.
-    """
-    _check(x, (gate, up))
-    if any(p.dropped is not None for p in (gate, up, down)):
-        raise ValueError("fastgemma: lora_mlp runs without dropout; compose lora_projections and geglu instead.")
-    intermediate = gate.weight.shape[0]
-    if up.weight.shape[0] != intermediate or tuple(down.weight.shape) != (x.shape[-1], intermediate):
-        raise ValueError(
-            f"fastgemma: MLP weights {tuple(gate.weight.shape)}, {tuple(up.weight.shape)}, {tuple(down.weight.shape)} "
-            "do not form one."
-        )
-    _check(x.new_empty((0, intermediate)), (down,))
-    static, tensors = _flatten((gate, up, down))
-    return _MLP.apply(x, static, *tensors)
 
 
 def lora_linear_reference(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """`lora_linear` in plain torch; float64 inputs stay float64."""
-    weight = projection.weight
+    weight, adapter, dropout = projection
     dense = dequantize_nf4_reference(weight) if isinstance(weight, NF4Weight) else weight
     y = torch.nn.functional.linear(x, dense.to(x.dtype))
-    if projection.adapter is not None:
-        A, B = projection.adapter.A, projection.adapter.B
-        source = (x if projection.dropped is None else projection.dropped).to(A.dtype)
-        delta = torch.nn.functional.linear(torch.nn.functional.linear(source, A), B) * projection.adapter.scaling
-        y = y + delta.to(y.dtype)
+    if adapter is not None:
+        dropped = torch.nn.functional.dropout(x.to(adapter.A.dtype), dropout)
+        delta = torch.nn.functional.linear(torch.nn.functional.linear(dropped, adapter.A), adapter.B)
+        y = y + (delta * adapter.scaling).to(y.dtype)
     return y
-
-
-def lora_mlp_reference(x: torch.Tensor, gate: Projection, up: Projection, down: Projection) -> torch.Tensor:
-    """`lora_mlp` in plain torch."""
-    h = geglu_reference(lora_linear_reference(x, gate), lora_linear_reference(x, up))
-    return lora_linear_reference(h, down)

@@ -6,7 +6,7 @@
 with everything inside in float32 and one rounding at the end. The weight multiplies directly (not 1 + w), and may be
 missing (v_norm, the router's norm).
 
-    dx = rstd * (g - x * rstd^2 * mean(g * x)),   g = dy * scale * w
+    dx = rstd * (g - x * rstd^2 * mean(g * x)),   g = dy * scale * w     (+ addend: a gradient that x has from elsewhere)
     dw = sum over rows of dy * scale * x * rstd
     dresidual = dy * scale
 
@@ -16,6 +16,8 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); `Gemm
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -76,15 +78,18 @@ def _rms_norm_bwd_kernel(
     weight_ptr,
     scale_ptr,
     rstd_ptr,
+    addend_ptr,
     dx_ptr,
     dresidual_ptr,
     dweight_ptr,
     dy_row_stride,
     x_row_stride,
+    addend_row_stride,
     n_rows,
     n_cols,
     HAS_WEIGHT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DRESIDUAL: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
@@ -117,6 +122,9 @@ def _rms_norm_bwd_kernel(
                 g = g * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
             projection = tl.sum(g * x_hat, axis=1) / n_cols
             dx = (g - x_hat * projection[:, None]) * rstd[:, None]
+            if HAS_ADDEND:
+                addend = tl.load(addend_ptr + rows[:, None] * addend_row_stride + cols[None, :], mask=mask, other=0.0)
+                dx += addend.to(tl.float32)
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEEDS_DWEIGHT:
         tl.store(dweight_ptr + program * n_cols + cols, dweight, mask=col_mask)
@@ -127,19 +135,22 @@ def _row_launch(n_cols: int, device: torch.device) -> tuple[Launch, int]:
     return launch("rms_norm", str(block_n), device), block_n
 
 
-def _rms_norm_fwd(
+def rms_norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    scale: torch.Tensor | None,
     eps: float,
-    store_rstd: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    rstd: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [rows, columns] of row matrices x and residual with unit column stride; fills `rstd` [rows] float32 if given.
+
+    Launches the kernel, without autograd: for operations that contain a norm.
+    """
     n_rows, n_cols = x.shape
     y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device) if store_rstd else None
     if n_rows == 0:
-        return y, rstd
+        return y
     config, block_n = _row_launch(n_cols, x.device)
     _rms_norm_fwd_kernel[(cdiv(n_rows, config.blocks["BLOCK_M"]),)](
         x_ptr=x,
@@ -156,28 +167,42 @@ def _rms_norm_fwd(
         HAS_WEIGHT=weight is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_SCALE=scale is not None,
-        STORE_RSTD=store_rstd,
+        STORE_RSTD=rstd is not None,
         BLOCK_N=block_n,
         **config.kwargs(),
     )
-    return y, rstd
+    return y
 
 
-def _rms_norm_bwd(
+@dataclass(frozen=True)
+class RMSNormGrads:
+    """What `rms_norm_bwd` was asked for; None elsewhere."""
+
+    x: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+
+def rms_norm_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    scale: torch.Tensor | None,
     rstd: torch.Tensor,
-    needs_dx: bool,
-    needs_dresidual: bool,
-    needs_dweight: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    scale: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
+    needs_dx: bool = True,
+    needs_dresidual: bool = False,
+    needs_dweight: bool = False,
+) -> RMSNormGrads:
+    """Gradients from row matrices with unit column stride, without autograd.
+
+    `addend` [rows, columns] is added to dx before it is rounded. Without a scale dresidual is dy itself: do not ask.
+    """
     n_rows, n_cols = x.shape
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device) if needs_dx else None
     dresidual = torch.empty((n_rows, n_cols), dtype=dy.dtype, device=x.device) if needs_dresidual else None
     if n_rows == 0:
-        return dx, dresidual, torch.zeros_like(weight) if needs_dweight and weight is not None else None
+        return RMSNormGrads(dx, dresidual, torch.zeros_like(weight) if needs_dweight and weight is not None else None)
     config, block_n = _row_launch(n_cols, x.device)
     tiles = cdiv(n_rows, config.blocks["BLOCK_M"])
     # The weight's gradient is a sum over rows: few programs, each over many rows, then one sum over programs. A power
@@ -191,15 +216,18 @@ def _rms_norm_bwd(
         weight_ptr=x if weight is None else weight,
         scale_ptr=x if scale is None else scale,
         rstd_ptr=rstd,
+        addend_ptr=x if addend is None else addend,
         dx_ptr=x if dx is None else dx,
         dresidual_ptr=x if dresidual is None else dresidual,
         dweight_ptr=x if partial is None else partial,
         dy_row_stride=dy.stride(0),
         x_row_stride=x.stride(0),
+        addend_row_stride=0 if addend is None else addend.stride(0),
         n_rows=n_rows,
         n_cols=n_cols,
         HAS_WEIGHT=weight is not None,
         HAS_SCALE=scale is not None,
+        HAS_ADDEND=addend is not None,
         NEEDS_DX=needs_dx,
         NEEDS_DRESIDUAL=needs_dresidual,
         NEEDS_DWEIGHT=needs_dweight,
@@ -210,7 +238,7 @@ def _rms_norm_bwd(
     dweight = None
     if partial is not None and weight is not None:
         dweight = partial.sum(dim=0).to(weight.dtype)
-    return dx, dresidual, dweight
+    return RMSNormGrads(dx, dresidual, dweight)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -220,7 +248,8 @@ class _RMSNorm(torch.autograd.Function):
         rows = as_rows(x)
         residual_rows = None if residual is None else as_rows(residual)
         weight = None if weight is None else weight.contiguous()
-        y, rstd = _rms_norm_fwd(rows, weight, residual_rows, scale, eps, store_rstd=needs_grad)
+        rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) if needs_grad else None
+        y = rms_norm_fwd(rows, weight, eps, residual_rows, scale, rstd)
         if needs_grad:
             # What is frozen is persistent module state, not an activation: no hook needs to see it.
             trained = weight if weight is not None and ctx.needs_input_grad[1] else None
@@ -235,25 +264,26 @@ class _RMSNorm(torch.autograd.Function):
         frozen, scale = ctx.frozen
         weight = frozen if trained is None else trained
         needs_dx, needs_dweight, needs_dresidual = ctx.needs_input_grad[:3]
-        dresidual = None
+        grads = RMSNormGrads()
         if needs_dx or needs_dweight or (needs_dresidual and scale is not None):
-            dx, dresidual, dweight = _rms_norm_bwd(
+            grads = rms_norm_bwd(
                 as_rows(dy),
                 as_rows(x),
                 weight,
-                scale,
                 rstd,
-                needs_dx,
-                needs_dresidual and scale is not None,
-                needs_dweight and weight is not None,
+                scale,
+                needs_dx=needs_dx,
+                needs_dresidual=needs_dresidual and scale is not None,
+                needs_dweight=needs_dweight and weight is not None,
             )
-            dx = None if dx is None else dx.view(x.shape)
-            dresidual = None if dresidual is None else dresidual.view(x.shape)
-        else:
-            dx = dweight = None
-        if needs_dresidual and scale is None:
-            dresidual = dy
-        return dx, dweight, dresidual, None, None
+        dresidual = dy if needs_dresidual and scale is None else grads.residual
+        return (
+            None if grads.x is None else grads.x.view(x.shape),
+            grads.weight,
+            None if dresidual is None else dresidual.view(x.shape),
+            None,
+            None,
+        )
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgemma.kernels.geglu import geglu
-from fastgemma.kernels.lora import lora_mlp
+from fastgemma.kernels.lora_mlp import lora_mlp
 from fastgemma.patches import projections
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import is_gelu_tanh, unusable
@@ -51,14 +51,6 @@ def project_one(op: Op, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor
 def make_mlp(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     lora, activation = ops["lora"], ops["geglu"]
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The MLP as one operation, or None where only its parts are exact."""
-        layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if any(projections.has_dropout(layer) for layer in layers):
-            return None
-        gate, up, down = projections.read(layers, x)
-        return projections.as_output(lora_mlp(x.to(projections.compute_dtype(x)), gate, up, down), down, x)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (lora.active or activation.active):
             return original(self, x)
@@ -70,11 +62,11 @@ def make_mlp(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., 
         elif lora.active:
             try:
                 if activation.active and is_gelu_tanh(self.act_fn):
-                    y = whole(self, x)
-                    if y is not None:
-                        lora.fast()
-                        activation.fast()
-                        return y
+                    whole = projections.read((self.gate_proj, self.up_proj, self.down_proj), x)
+                    y = lora_mlp(x, *whole, projections.autocast_dtype(x))
+                    lora.fast()
+                    activation.fast()
+                    return projections.as_output(y, whole[2], x)
                 gate, up = projections.project([self.gate_proj, self.up_proj], x)
                 lora.fast()
                 h = gate_times_up(activation, self.act_fn, gate, up)

@@ -24,7 +24,7 @@ from kernel_checks import (
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, apply_rotary_pos_emb
 
 import fastgemma.kernels.backend as backend
-import fastgemma.kernels.qk_norm_rope as module
+import fastgemma.kernels.qk_norm_rope_launch as module
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
 MODES = ("q alone", "q and k", "q, k and v")  # "q and k": values from keys

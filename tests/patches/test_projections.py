@@ -20,8 +20,8 @@ import fastgemma
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TWO_LAYERS = ["sliding_attention", "full_attention"]  # q, k and v; then q and k alone, whose values are its keys
-# The counted calls of a two-layer model: q, k and v at once, o, and the MLP as one operation or, with dropout, as two.
-CALLS, CALLS_WITH_DROPOUT = 6, 8
+# The counted calls of a two-layer model: q, k and v at once, o, and the MLP as one operation.
+CALLS = 6
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -200,7 +200,7 @@ def test_disabled_adapters_run_the_base_alone(dropout: float) -> None:
         assert compare(model, context=torch.no_grad) == Ran(CALLS, {})
         with fastgemma.patched(**ONLY), torch.no_grad():
             assert relative_error(model(**inputs).logits, base) <= FLOAT32_BUDGET
-    assert compare(model).fast == (CALLS_WITH_DROPOUT if dropout else CALLS)
+    assert compare(model).fast == CALLS
 
 
 def test_merged_adapter() -> None:
@@ -331,7 +331,7 @@ def test_dropout_draws_the_masks_of_stock(checkpointing: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ran = compare(model)
     assert ran.fallbacks == {}
-    assert ran.fast > CALLS_WITH_DROPOUT if checkpointing else ran.fast == CALLS_WITH_DROPOUT
+    assert ran.fast > CALLS if checkpointing else ran.fast == CALLS
     inputs = batch()
     torch.manual_seed(8)
     with fastgemma.patched(**ONLY):
@@ -452,7 +452,7 @@ def test_nf4_base_with_an_adapter(nested: bool, dropout: float) -> None:
     model = adapted(quantised(tiny(), nested), lora_dropout=dropout)
     assert type(layers_of(model)[0].mlp.up_proj).__name__ == "Linear4bit"
     assert type(layers_of(model)[0].mlp.up_proj).__module__.startswith("peft.")
-    assert compare(model) == Ran(CALLS_WITH_DROPOUT if dropout else CALLS, {})
+    assert compare(model) == Ran(CALLS, {})
     assert len(trained(model)) == 2 * (7 + 6)
 
 

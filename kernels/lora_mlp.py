@@ -1,0 +1,166 @@
+"""Gemma 4's GeGLU MLP over dense or NF4 weights with LoRA, as one operation.
+
+    y = down(h),   h = gelu_tanh(gate(x)) * up(x)
+
+with the projections of `lora`. gate and up lie side by side in one buffer, so that one dequantised weight and one
+product make both, forward and backward. Saved: x, and gate and up; h is rebuilt in the backward, in the kernel that
+makes their gradients, over the gradient of h that it has just read.
+
+Source: Shazeer, "GLU Variants Improve Transformer" (2020); `Gemma4TextMLP` in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
+from fastgemma.kernels.lora import (
+    Grads,
+    Masks,
+    Projection,
+    Projections,
+    Wanted,
+    backward_without_autocast,
+    check_projections,
+    join_trained,
+    lora_linear_reference,
+    masks_of,
+    numbers_of,
+    parts_of,
+    projections_of,
+    rows_of,
+    split_trained,
+    trained_only,
+    wanted_of,
+    wants_of,
+    without_autocast,
+)
+
+
+def mlp_fwd(
+    x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], masks drawn) of x [rows, hidden_size]."""
+    intermediate = projections[0].weight.shape[0]
+    dtype = x.dtype if autocast is None else autocast
+    gate_up = torch.empty((x.shape[0], 2 * intermediate), dtype=dtype, device=x.device)
+    gate, up = gate_up.split(intermediate, 1)
+    masks = Projections(projections[:2], autocast).forward(x, (gate, up), gate_up)
+    y = torch.empty((x.shape[0], projections[2].weight.shape[0]), dtype=dtype, device=x.device)
+    masks += Projections(projections[2:], autocast).forward(geglu_fwd(gate, up), (y,))
+    return y, gate_up, masks
+
+
+def mlp_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    projections: Sequence[Projection],
+    masks: Masks,
+    autocast: torch.dtype | None,
+    needs_dx: bool,
+    wanted: Sequence[Wanted],
+) -> tuple[torch.Tensor | None, list[Grads]]:
+    """dx [rows, hidden_size], and the gradients of the three projections."""
+    intermediate = gate_up.shape[1] // 2
+    gate, up = gate_up.split(intermediate, 1)
+    needs_gate, needs_up, needs_h = (needs_dx or any(wanted[0])), (needs_dx or any(wanted[1])), any(wanted[2])
+    inner = Projections(projections[:2], autocast, masks[:2])
+    outer = Projections(projections[2:], autocast, masks[2:])
+
+    dh, dxas, dgate_up, down_grads = None, [], None, [Grads()]
+    if needs_gate or needs_up:
+        dh, dxas = outer.input_gradient((dy,))
+        dgate_up = torch.empty_like(gate_up)
+        dgate, dup = dgate_up.split(intermediate, 1)
+        # h takes the place of its gradient.
+        geglu_bwd(dh, gate, up, dgate if needs_gate else None, dup if needs_up else None, dh if needs_h else None)
+    if needs_h:
+        h = geglu_fwd(gate, up) if dh is None else dh
+        down_grads = outer.factor_gradients((dy,), h, wanted[2:], dxas)
+        del h
+    del dh
+    dx, inner_grads, dxas = None, [Grads(), Grads()], []
+    if dgate_up is not None:
+        if needs_dx:
+            dx, dxas = inner.input_gradient((dgate, dup), dgate_up)
+        inner_grads = inner.factor_gradients((dgate, dup), x, wanted[:2], dxas)
+    return dx, inner_grads + down_grads
+
+
+class _LoraMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, static, numbers, autocast, *trained):
+        ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
+        projections = projections_of(join_trained(static, trained), numbers)
+        with without_autocast(x):
+            y, gate_up, masks = mlp_fwd(rows_of(x), projections, autocast)
+        ctx.n_trained = len(trained)
+        ctx.save_for_backward(x, gate_up, *trained, *masks)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    @backward_without_autocast
+    def backward(ctx, dy):
+        x, gate_up, *rest = ctx.saved_tensors
+        projections = projections_of(join_trained(ctx.static, rest[: ctx.n_trained]), ctx.numbers)
+        masks = masks_of(projections, rest[ctx.n_trained :])
+        flags = wanted_of(ctx.static, ctx.needs_input_grad[4:])
+        dx, grads = mlp_bwd(
+            rows_of(dy),
+            rows_of(x),
+            gate_up,
+            projections,
+            masks,
+            ctx.autocast,
+            ctx.needs_input_grad[0],
+            wants_of(flags),
+        )
+        flat = [gradient for grad in grads for gradient in grad]
+        dx = None if dx is None else dx.view(x.shape).to(x.dtype)
+        return dx, None, None, None, *trained_only(ctx.static, flat)
+
+
+def check_mlp(x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None) -> None:
+    """Raises TypeError or ValueError where gate, up and down do not fit x [..., hidden_size], or each other."""
+    gate, up, down = projections
+    check_projections(x, (gate, up), autocast)
+    intermediate = gate.weight.shape[0]
+    if up.weight.shape[0] != intermediate or tuple(down.weight.shape) != (x.shape[-1], intermediate):
+        raise ValueError(
+            f"fastgemma: MLP weights {tuple(gate.weight.shape)}, {tuple(up.weight.shape)}, {tuple(down.weight.shape)} "
+            "do not form one."
+        )
+    check_projections(x.new_empty((0, intermediate)), (down,), autocast)
+
+
+def lora_mlp(
+    x: torch.Tensor, gate: Projection, up: Projection, down: Projection, autocast: torch.dtype | None = None
+) -> torch.Tensor:
+    """`down(gelu_tanh(gate(x)) * up(x))`, saving x, gate and up.
+
+    Args:
+        x: [..., hidden_size], float32, bfloat16 or float16.
+        gate, up: hidden_size -> intermediate_size; down: intermediate_size -> hidden_size.
+        autocast: as in `lora.lora_projections`.
+
+    Returns:
+        [..., hidden_size] in x's dtype, or in autocast's.
+
+    Raises:
+        TypeError: dtypes that do not fit. ValueError: shapes that do not fit, different devices, or a dropout of 1.
+    """
+    projections = (gate, up, down)
+    check_mlp(x, projections, autocast)
+    static, trained = split_trained(parts_of(projections))
+    return _LoraMLP.apply(x, static, numbers_of(projections), autocast, *trained)
+
+
+def lora_mlp_reference(x: torch.Tensor, gate: Projection, up: Projection, down: Projection) -> torch.Tensor:
+    """`lora_mlp` in plain torch."""
+    h = geglu_reference(lora_linear_reference(x, gate), lora_linear_reference(x, up))
+    return lora_linear_reference(h, down)
