@@ -16,7 +16,7 @@ from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, plain, unusable
 
 
-def _rotary_dim(attention: Any) -> int:
+def rotary_dim(attention: Any) -> int:
     """How many dimensions of a head turn: all, or a fraction where the layer's RoPE is "proportional"."""
     parameters = attention.config.rope_parameters[attention.layer_type]
     if parameters["rope_type"] == "proportional":
@@ -24,29 +24,79 @@ def _rotary_dim(attention: Any) -> int:
     return attention.head_dim
 
 
-def _rope_unusable(
-    attention: Any, q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
-) -> str | None:
-    """Why `qk_norm_rope` cannot stand in for the norms and rotations of this call, or None."""
-    reason = unusable(q)
+def qkv_layers(attention: Any) -> list[nn.Module]:
+    """The projections that a layer has: of queries; of keys, where it shares nobody's; of values, where not from keys."""
+    layers = [attention.q_proj]
+    if not attention.is_kv_shared_layer:
+        layers.append(attention.k_proj)
+        if attention.v_proj is not None:
+            layers.append(attention.v_proj)
+    return layers
+
+
+def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    """Why `qk_norm_rope` cannot stand in for the norms and rotations of this call, or None.
+
+    `x` [batch, seq_len, ...] is the queries' projection, or what they are projected from.
+    """
+    reason = unusable(x)
     if reason is not None:
         return reason
-    if k is not None and k.dtype != q.dtype:
-        return "queries and keys in different dtypes"
     if cos.requires_grad or sin.requires_grad:
         return "gradient through the rotation angles"
-    if cos.shape[0] not in (1, q.shape[0]) or cos.shape[1:] != (q.shape[1], attention.head_dim):
+    if cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[1], attention.head_dim):
         return f"rotation angles of shape {tuple(cos.shape)}"
-    norms = [attention.q_norm] if k is None else [attention.q_norm, attention.k_norm, attention.v_norm]
+    modules = attention._modules
+    norms = [modules[name] for name in ("q_norm", "k_norm", "v_norm") if name in modules]
     for norm in norms:
         if hooked(norm):
             return "hooks on a norm"
-        weight = getattr(norm, "weight", None)
-        if weight is not None and (not plain(weight) or weight.device != q.device):
+        weight = norm._parameters.get("weight")
+        if weight is not None and (not plain(weight) or weight.device != x.device):
             return "norm weight that is sharded or elsewhere"
-    if attention.q_norm.weight.dtype != norms[min(1, len(norms) - 1)].weight.dtype:
+    if norms[0].weight.dtype != norms[min(1, len(norms) - 1)].weight.dtype:
         return "norm weights in different dtypes"
     return None
+
+
+def attend(
+    eager: Callable[..., Any],
+    attention: Any,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    shared_kv_states: Any,
+    past_key_values: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stock's own attention over normed and rotated [batch, heads, seq_len, head_dim], caches and sharing included.
+
+    `eager` is the family's `eager_attention_forward`.
+
+    Returns:
+        [batch, seq_len, heads * head_dim], and the attention weights where the implementation gives them.
+    """
+    if attention.is_kv_shared_layer:
+        key, value = shared_kv_states[attention.layer_type]
+        key, value = key.to(query.device), value.to(query.device)
+    elif past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
+    if attention.store_full_length_kv:
+        shared_kv_states[attention.layer_type] = key, value
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    output, weights = interface(
+        attention,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=attention.sliding_window,
+        **kwargs,
+    )
+    return output.reshape(*output.shape[:2], -1), weights
 
 
 def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
@@ -71,7 +121,9 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
     def norm_and_rotate(attention, q, k, v, cos, sin):
         """q, k, v as [batch, heads, seq_len, head_dim]."""
         if rope.active:
-            reason = _rope_unusable(attention, q, k, cos, sin)
+            reason = rope_unusable(attention, q, cos, sin)
+            if reason is None and k is not None and k.dtype != q.dtype:
+                reason = "queries and keys in different dtypes"
             if reason is None:
                 rope.fast()
                 outs = qk_norm_rope(
@@ -83,7 +135,7 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
                     attention.q_norm.weight,
                     None if k is None else attention.k_norm.weight,
                     attention.head_dim,
-                    _rotary_dim(attention),
+                    rotary_dim(attention),
                     values_from_keys=k is not None and v is None,
                     eps=attention.q_norm.eps,
                 )
@@ -111,36 +163,12 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
             return original(
                 self, hidden_states, position_embeddings, attention_mask, shared_kv_states, past_key_values, **kwargs
             )
-        cos, sin = position_embeddings
-        layers = [self.q_proj]
-        if not self.is_kv_shared_layer:
-            layers.append(self.k_proj)
-            if self.v_proj is not None:
-                layers.append(self.v_proj)
-        q, k, v, *_ = [*project(layers, hidden_states), None, None]
-        query, key, value = norm_and_rotate(self, q, k, v, cos, sin)
-
-        if self.is_kv_shared_layer:
-            key, value = shared_kv_states[self.layer_type]
-            key, value = key.to(query.device), value.to(query.device)
-        elif past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.store_full_length_kv:
-            shared_kv_states[self.layer_type] = key, value
-
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, module.eager_attention_forward)
+        q, k, v, *_ = [*project(qkv_layers(self), hidden_states), None, None]
+        query, key, value = norm_and_rotate(self, q, k, v, *position_embeddings)
+        eager = module.eager_attention_forward
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
+            eager, self, query, key, value, attention_mask, shared_kv_states, past_key_values, **kwargs
         )
-        output = output.reshape(*hidden_states.shape[:-1], -1)
         return project([self.o_proj], output)[0], weights
 
     return forward

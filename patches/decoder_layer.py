@@ -1,8 +1,9 @@
-"""Gemma 4's decoder layer: norms fused with their residual adds, and the per-layer-embedding gate."""
+"""Gemma 4's decoder layer: two operations around stock attention, or its parts, each in the fastest exact form."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,17 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastgemma.patches import whole_layer
+from fastgemma.patches.attention import attend
 from fastgemma.patches.engine import Engine, Op, PatchError
 from fastgemma.patches.mlp import gate_times_up, project_one
 from fastgemma.patches.norms import add_normed
+from fastgemma.patches.projections import Unsupported
+
+
+def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a layer with those that the attention's signature requires or defaults."""
+    return {"attention_mask": None, "shared_kv_states": None, "past_key_values": None, **kwargs}
 
 
 def _check_generation(engine: Engine, generation: int, grad: torch.Tensor) -> None:
@@ -29,12 +38,60 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
 
     def make(decorated: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
         norms, activation, lora = ops["rms_norm"], ops["geglu"], ops["lora"]
+        rope = ops["rope"]
         original = inspect.unwrap(decorated)
+        module = importlib.import_module(original.__module__)
+
+        def in_two_operations(
+            layer: Any, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None, kwargs: dict[str, Any]
+        ) -> torch.Tensor | None:
+            """The layer around its stock attention, or None where it has to run in parts."""
+            rest = dict(kwargs)
+            try:
+                residual, *qkv = whole_layer.before_attention(layer, hidden_states, rest.pop("position_embeddings"))
+            except Unsupported:
+                return None  # the part that is to blame counts it
+            for op in (norms, lora, rope):
+                op.fast()
+            attended, _ = attend(module.eager_attention_forward, layer.self_attn, *qkv, **_defaults(rest))
+            try:
+                out = whole_layer.after_attention(layer, attended, residual, per_layer_input)
+            except Unsupported:
+                projected = project_one(lora, layer.self_attn.o_proj, attended)
+                return behind_attention(layer, projected, residual, per_layer_input)
+            with_gate = 1 if per_layer_input is None else 2
+            norms.fast(2 + with_gate)
+            lora.fast(2 * with_gate)
+            activation.fast(with_gate)
+            return out
+
+        def in_parts(
+            layer: Any, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None, kwargs: dict[str, Any]
+        ) -> torch.Tensor:
+            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+            return behind_attention(layer, attended, hidden_states, per_layer_input)
+
+        def behind_attention(
+            layer: Any, attended: torch.Tensor, residual: torch.Tensor, per_layer_input: torch.Tensor | None
+        ) -> torch.Tensor:
+            """From the attention's projected output on."""
+            gated = bool(getattr(layer, "hidden_size_per_layer_input", 0))
+            residual = add_normed(norms, layer.post_attention_layernorm, attended, residual, None)
+            hidden_states = layer.mlp(layer.pre_feedforward_layernorm(residual))
+            if getattr(layer, "enable_moe_block", False):
+                hidden_states = _add_experts(layer, norms, hidden_states, residual)
+            scalar = None if gated else layer.layer_scalar
+            hidden_states = add_normed(norms, layer.post_feedforward_layernorm, hidden_states, residual, scalar)
+            if not gated:
+                return hidden_states
+            gate = project_one(lora, layer.per_layer_input_gate, hidden_states)
+            gate = gate_times_up(activation, layer.act_fn, gate, per_layer_input)
+            projected = project_one(lora, layer.per_layer_projection, gate)
+            return add_normed(norms, layer.post_per_layer_input_norm, projected, hidden_states, layer.layer_scalar)
 
         def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if not (norms.active or activation.active or lora.active):
                 return original(self, hidden_states, *args, **kwargs)
-            gated = bool(getattr(self, "hidden_size_per_layer_input", 0))
             takes_per_layer_input = hasattr(self, "hidden_size_per_layer_input")
             # Positional arguments are what checkpointing saves: (hidden_states, per_layer_input) on gemma4, and
             # (hidden_states,) on gemma4_unified.
@@ -45,25 +102,11 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             names = ("shared_kv_states", "position_embeddings", "attention_mask", "position_ids", "past_key_values")
             kwargs.update(zip(names, args))
 
-            residual = hidden_states
-            attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = add_normed(norms, self.post_attention_layernorm, attended, residual, None)
-
-            residual = hidden_states
-            hidden_states = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-            if getattr(self, "enable_moe_block", False):
-                hidden_states = _add_experts(self, norms, hidden_states, residual)
-            scalar = None if gated else self.layer_scalar
-            hidden_states = add_normed(norms, self.post_feedforward_layernorm, hidden_states, residual, scalar)
-
-            if gated:
-                residual = hidden_states
-                gate = project_one(lora, self.per_layer_input_gate, hidden_states)
-                gate = gate_times_up(activation, self.act_fn, gate, per_layer_input)
-                projected = project_one(lora, self.per_layer_projection, gate)
-                hidden_states = add_normed(
-                    norms, self.post_per_layer_input_norm, projected, residual, self.layer_scalar
-                )
+            if norms.active and activation.active and lora.active and rope.active:
+                whole = in_two_operations(self, hidden_states, per_layer_input, kwargs)
+                hidden_states = in_parts(self, hidden_states, per_layer_input, kwargs) if whole is None else whole
+            else:
+                hidden_states = in_parts(self, hidden_states, per_layer_input, kwargs)
             if self.gradient_checkpointing and self.training and hidden_states.requires_grad:
                 current = engine()
                 if not torch.compiler.is_compiling():

@@ -41,10 +41,10 @@ class Op:
     fast_calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
-    def fast(self) -> None:
-        """Counts a call that ran our path. Compiled code is not counted: a counter would be a graph break."""
+    def fast(self, calls: int = 1) -> None:
+        """Counts calls that ran our path. Compiled code is not counted: a counter would be a graph break."""
         if not torch.compiler.is_compiling():
-            self.fast_calls += 1
+            self.fast_calls += calls
 
     def fallback(self, reason: str) -> None:
         """Counts a call that ran the original, and why."""

@@ -28,7 +28,7 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states", "past_key_values"),
         ),
         Row(
-            ("rms_norm", "geglu", "lora"),
+            ("rms_norm", "rope", "geglu", "lora"),
             module,
             f"{prefix}TextDecoderLayer.forward",
             make_decoder_layer(lambda: ENGINE),

@@ -167,7 +167,7 @@ def test_without_memory_maps_the_table_is_a_private_copy_on_the_host(checkpoint:
     assert same_bits(logits(model), logits(load(checkpoint, features=STOCK)))
 
 
-@pytest.mark.parametrize("with_shape", [None, (20, 96)])
+@pytest.mark.parametrize("with_shape", [None, (20, 6 * 64)])
 def test_checkpoint_without_the_table_initialises_it_as_stock(
     checkpoint: Path, tmp_path: Path, with_shape: tuple[int, int] | None
 ) -> None:
@@ -341,7 +341,7 @@ def test_resized_embeddings(checkpoint: Path, size: int, mean_resizing: bool) ->
         torch.manual_seed(0)
         model.resize_token_embeddings(size, mean_resizing=mean_resizing)
     stock, ours = models
-    assert table_of(ours).weight.shape == table_of(stock).weight.shape == (size, 96)
+    assert table_of(ours).weight.shape == table_of(stock).weight.shape == (size, 6 * 64)
     assert same_bits(table_of(ours).weight, table_of(stock).weight.detach())
     ids = IDS.clamp(max=size - 1)
     assert same_bits(logits(ours, ids), logits(stock, ids))

@@ -1,0 +1,135 @@
+"""A decoder layer as two operations, around stock attention, where every part of it is as transformers made it.
+
+Each function reads what the layer's modules hold and runs the fused operation, or raises `Unsupported` before anything
+was computed: then the layer runs in parts, and the part that is not exact counts why.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgemma.kernels.post_attention import Matrices, Norms, post_attention
+from fastgemma.kernels.pre_attention import Outputs, pre_attention
+from fastgemma.kernels.qk_norm_rope_launch import Heads
+from fastgemma.patches import projections
+from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim
+from fastgemma.patches.guards import hooked, is_gelu_tanh
+from fastgemma.patches.norms import norm_unusable
+from fastgemma.patches.projections import Unsupported
+
+
+@functools.cache
+def _is_stock(kind: type) -> bool:
+    """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""
+    return kind.__module__.startswith("transformers.models.gemma4")
+
+
+def _part(layer: nn.Module, name: str) -> Any:
+    module = layer._modules.get(name)
+    if module is None or not _is_stock(type(module)) or hooked(module):
+        raise Unsupported(f"{name} does more than stock's")
+    return module
+
+
+def _norm(layer: nn.Module, name: str, x: torch.Tensor, eps: float | None = None) -> Any:
+    norm = _part(layer, name)
+    reason = norm_unusable(norm, x)
+    if reason is None and not norm.with_scale:
+        reason = "norm without a weight"
+    if reason is None and eps not in (None, norm.eps):
+        reason = "norms with different eps"
+    if reason is not None:
+        raise Unsupported(reason)
+    return norm
+
+
+def _autocast(x: torch.Tensor) -> torch.dtype | None:
+    autocast = projections.autocast_dtype(x)
+    if autocast not in (None, x.dtype):
+        raise Unsupported(f"{x.dtype} under autocast to {autocast}")
+    return autocast
+
+
+def before_attention(
+    layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> Outputs:
+    """The residual, and q, k and v as [batch, heads, seq_len, head_dim]; k and v None where the layer shares others'.
+
+    Raises:
+        Unsupported: only the layer in parts computes it.
+    """
+    if torch.compiler.is_compiling():
+        raise Unsupported("compiling")
+    attention = _part(layer, "self_attn")
+    cos, sin = position_embeddings
+    reason = rope_unusable(attention, hidden_states, cos, sin)
+    if reason is not None:
+        raise Unsupported(reason)
+    if projections.fused_gemm_is_better(attention.q_proj, hidden_states):
+        raise Unsupported("few rows: fused 4-bit product")
+    autocast = _autocast(hidden_states)
+    norm = _norm(layer, "input_layernorm", hidden_states)
+    linears = qkv_layers(attention)
+    q_norm, k_norm = attention.q_norm, None if len(linears) == 1 else attention.k_norm
+    if k_norm is not None and not (k_norm.eps == attention.v_norm.eps == q_norm.eps):
+        raise Unsupported("norms with different eps")
+    residual, *qkv = pre_attention(
+        hidden_states,
+        norm.weight,
+        projections.read(linears, hidden_states),
+        cos,
+        sin,
+        q_norm.weight,
+        None if k_norm is None else k_norm.weight,
+        Heads(attention.head_dim, rotary_dim(attention), len(linears) == 2, q_norm.eps),
+        norm.eps,
+        autocast,
+    )
+    q, k, v = (None if x is None else x.transpose(1, 2) for x in qkv)
+    assert q is not None
+    return residual, q, k, v
+
+
+def after_attention(
+    layer: Any, attended: torch.Tensor, residual: torch.Tensor, per_layer_input: torch.Tensor | None
+) -> torch.Tensor:
+    """The layer's output from what its attention gathered, [batch, seq_len, num_heads * head_dim].
+
+    Raises:
+        Unsupported: only the layer in parts computes it.
+    """
+    if getattr(layer, "enable_moe_block", False):
+        raise Unsupported("experts")
+    mlp = _part(layer, "mlp")
+    if not is_gelu_tanh(mlp.act_fn) or attended.dtype != residual.dtype:
+        raise Unsupported("another activation or dtype")
+    autocast = _autocast(residual)
+    scalar = layer.layer_scalar
+    if scalar.numel() != 1 or scalar.requires_grad:
+        raise Unsupported("layer scalar with a gradient")
+    first = _norm(layer, "post_attention_layernorm", residual)
+    eps = first.eps
+    norms = [first, *(_norm(layer, f"{name}_feedforward_layernorm", residual, eps) for name in ("pre", "post"))]
+    linears = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if getattr(layer, "hidden_size_per_layer_input", 0):
+        if not is_gelu_tanh(layer.act_fn) or per_layer_input is None or per_layer_input.dtype != residual.dtype:
+            raise Unsupported("another activation or dtype")
+        norms.append(_norm(layer, "post_per_layer_input_norm", residual, eps))
+        linears += [layer.per_layer_input_gate, layer.per_layer_projection]
+    elif per_layer_input is not None:
+        raise Unsupported("a per-layer input that nothing reads")
+    read = projections.read([layer._modules["self_attn"].o_proj, *linears], residual)
+    return post_attention(
+        attended,
+        residual,
+        Norms(*(norm.weight for norm in norms)),
+        Matrices(*read),
+        scalar,
+        per_layer_input,
+        eps,
+        autocast,
+    )
