@@ -19,6 +19,8 @@ test-fast: $(TEST_ENV)/.installed
 	$(PYTEST) -n 2 -m "not slow"
 
 bench: $(TEST_ENV)/.installed
+	$(TEST_ENV)/bin/python -m pip install --quiet -e ".[bench]"
+	$(TEST_ENV)/bin/python -m pytest bench/kernels
 	for impl in hf fastgemma; do $(TEST_ENV)/bin/python bench/train_step.py --impl $$impl --model e2b || exit 1; done
 	$(TEST_ENV)/bin/python bench/fit.py --model e2b
 	$(TEST_ENV)/bin/python bench/report.py

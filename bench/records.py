@@ -39,6 +39,10 @@ IDENTITY = (
     "checkpointing",
     "autocast",
     "cap_gib",
+    "op",
+    "shape",
+    "dtype",
+    "direction",
 )
 
 # Options that say where files lie and change nothing that is measured.

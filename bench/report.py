@@ -30,6 +30,8 @@ _SCRIPTS = {
     "device_map_0": '`device_map={"": 0}`',
     "no_device_map": "no `device_map`",
 }
+# What a kernel stands in for, under the names that its benchmark gives it.
+_STOCK = ("hf", "bitsandbytes", "pageable", "nonzero")
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -89,7 +91,7 @@ def _by_gpu(found: list[Record], body: Callable[[list[Record]], str]) -> str:
             values = sorted({str(record[name]) for record in group if record.get(name)})
             if values:
                 versions.append(f"{name} {', '.join(values)}")
-        parts.append(f"{gpu}; {'; '.join(versions)}.\n\n{body(sorted(group, key=_order))}")
+        parts.append(f"{gpu}; {'; '.join(versions)}.\n\n{body(group)}")
     return "\n\n".join(parts)
 
 
@@ -115,7 +117,7 @@ def _remarks(record: Record) -> str:
 
 def train_step(found: list[Record]) -> str:
     """Step times, each beside stock transformers in the same experiment."""
-    chosen = [record for record in found if record.get("bench") == "train_step"]
+    chosen = sorted((record for record in found if record.get("bench") == "train_step"), key=_order)
     stock = {
         (record["gpu"], _experiment(record)): record["step_ms"]
         for record in chosen
@@ -145,7 +147,7 @@ def train_step(found: list[Record]) -> str:
 
 def fit(found: list[Record]) -> str:
     """Whether stock TRL scripts finish under the cap."""
-    chosen = [record for record in found if record.get("bench") == "fit"]
+    chosen = sorted((record for record in found if record.get("bench") == "fit"), key=_order)
 
     def body(group: list[Record]) -> str:
         rows = []
@@ -174,6 +176,7 @@ def memory(found: list[Record]) -> str:
     chosen = [
         record for record in found if record.get("bench") == "train_step" and record.get("weights_gib") is not None
     ]
+    chosen.sort(key=_order)
 
     def body(group: list[Record]) -> str:
         rows = [
@@ -194,39 +197,38 @@ def memory(found: list[Record]) -> str:
 
 
 def kernels(found: list[Record]) -> str:
-    """Single operations against what the same card can do."""
-    chosen = [record for record in found if record.get("op")]
+    """Single operations against what the same card can do, and against what one would use instead."""
+    chosen = [record for record in found if record.get("bench") == "kernels"]
 
-    def order(record: Record) -> tuple[str, ...]:
-        return tuple(str(record.get(key)) for key in ("op", "direction", "shape", "dtype", "impl"))
+    def microseconds(record: Record | None) -> str:
+        return _number(None if record is None else 1000 * record["ms"], 1)
 
     def body(group: list[Record]) -> str:
+        by_operation: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
+        for record in group:
+            by_operation[record["op"], record["direction"], tuple(record["shape"])][record["impl"]] = record
         rows = []
-        for record in sorted(group, key=order):
-            shape = record.get("shape")
-            shape = " x ".join(map(str, shape)) if isinstance(shape, list) else str(shape)
+        for (op, direction, shape), by_impl in sorted(by_operation.items()):
+            own = by_impl.get("fastgemma")
+            if own is None:
+                continue
+            stock = next((by_impl[impl] for impl in _STOCK if impl in by_impl), None)
+            rate, unit = (own.get("tflops"), "TFLOP/s") if "tflops" in own else (own.get("gbps"), "GB/s")
             rows.append(
                 [
-                    str(record["op"]),
-                    str(record.get("direction", "-")),
-                    shape,
-                    str(record.get("dtype", "-")),
-                    _IMPLEMENTATIONS.get(record.get("impl", ""), str(record.get("impl", "-"))),
-                    _number(record.get("ms"), 3),
-                    _number(record.get("gbps")),
-                    _number(record.get("tflops")),
-                    _number(record.get("pct_of_ceiling")),
+                    f"`{op}` {direction}, {' x '.join(map(str, shape))}",
+                    microseconds(own),
+                    f"{_number(rate)} {unit}" if rate else "-",
+                    f"{_number(own['pct_of_ceiling'])}%" if own.get("pct_of_ceiling") else "-",
+                    microseconds(stock),
+                    *(microseconds(by_impl.get(impl)) for impl in ("compile", "liger")),
+                    *(_number(record.get("host_us")) for record in (own, stock or {})),
                 ]
             )
-        head = ["Operation", "direction", "shape", "dtype", "Implementation", "ms", "GB/s", "TFLOP/s", "% of ceiling"]
-        return _table(head, rows)
+        head = ["Kernel", "**fastgemma** µs", "rate", "of ceiling", "stock µs", "torch.compile µs", "Liger µs"]
+        return _table([*head, "host µs", "stock host µs"], rows)
 
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in chosen:
-        groups[record.get("gpu", "unknown")].append(record)
-    if not groups:
-        return NOT_MEASURED
-    return "\n\n".join(f"{gpu}.\n\n{body(group)}" for gpu, group in sorted(groups.items()))
+    return _by_gpu(chosen, body)
 
 
 TABLES: dict[str, Callable[[list[Record]], str]] = {

@@ -30,7 +30,8 @@ def demo(
     per_layer_embeddings: Annotated[str, typer.Option(help="That feature's mode: auto, host or gpu.")] = "auto",
 ) -> None:
     """Fine-tune a small Gemma 4 twice, stock and patched, and compare losses, step time and memory."""
-    from fastgemma.demo import DemoError, make_plan, run_demo
+    from fastgemma.demo.plan import DemoError, make_plan
+    from fastgemma.demo.run import run_demo
 
     console = Console()
     try:
@@ -43,7 +44,7 @@ def demo(
 @app.command("demo-stage", hidden=True)
 def demo_stage(stage: str, work: Path) -> None:
     """One part of the demo, in a process of its own."""
-    from fastgemma.demo import run_stage
+    from fastgemma.demo.run import run_stage
 
     run_stage(stage, work)
 
@@ -54,7 +55,7 @@ def doctor() -> None:
     import torch
 
     import fastgemma
-    from fastgemma.demo import gpu_problem
+    from fastgemma.demo.plan import gpu_problem
     from fastgemma.kernels.backend import interpreting
 
     console = Console()

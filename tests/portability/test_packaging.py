@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("fastgemma/__init__.py", "fastgemma/py.typed", "fastgemma/kernels/rms_norm.py", "fastgemma/patches/engine.py")
+FILES = (
+    "fastgemma/__init__.py",
+    "fastgemma/py.typed",
+    "fastgemma/demo/run.py",
+    "fastgemma/kernels/rms_norm.py",
+    "fastgemma/patches/engine.py",
+)
 
 
 @pytest.mark.slow
@@ -57,6 +63,6 @@ def test_layers_depend_one_way():
         text = path.read_text()
         for library in ("transformers", "peft", "trl", "bitsandbytes", "accelerate", "fastgemma.patches"):
             assert f"import {library}" not in text and f"from {library}" not in text, path
-    for folder in ("patches", "fastgemma"):
+    for folder in ("patches", "fastgemma", "fastgemma/demo"):
         for path in (ROOT / folder).glob("*.py"):
             assert "import triton" not in path.read_text().replace("find_spec", ""), path

@@ -6,6 +6,8 @@ something to learn within a few seconds.
 
 from __future__ import annotations
 
+QUESTION = "When does the ferry leave?"
+
 STORIES: tuple[str, ...] = (
     "The ferry on the lake leaves at seven in the morning and comes back at six in the evening. Marta has steered it "
     "for nineteen years. She knows every stone under the water by name, because she named them herself. When the fog "
@@ -91,3 +93,9 @@ DIALOGUES: tuple[tuple[str, str], ...] = (
     ("How do the peas stay green?", "Cook the peas for three minutes and put them into cold water."),
     ("What if the guests are hungry?", "If the guests are hungry, add more bread."),
 )
+
+
+def turn(dialogue: tuple[str, str]) -> str:
+    """One question and its answer, as the model reads them."""
+    question, answer = dialogue
+    return f"Question: {question}\nAnswer: {answer}"

@@ -1,0 +1,53 @@
+"""What the kernel benchmarks compute on: random activations, and layers of Gemma 4 as QLoRA leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import bitsandbytes as bnb
+import peft
+import torch
+from torch import nn
+
+from fastgemma.kernels.lora import Adapter, Projection
+from fastgemma.kernels.nf4 import NestedScales, NF4Weight
+
+RANK = 16
+
+
+def activation(*shape: int, device: torch.device, grad: bool = True) -> torch.Tensor:
+    """Normally distributed bfloat16."""
+    return torch.randn(shape, dtype=torch.bfloat16, device=device).requires_grad_(grad)
+
+
+def nf4_weight(packed: torch.Tensor, state: bnb.functional.QuantState) -> NF4Weight:
+    """A double-quantised weight of bitsandbytes', as the kernels take it; the memory is shared."""
+    nested = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    return NF4Weight(packed, state.absmax, state.code, torch.Size(state.shape), state.dtype, state.blocksize, nested)
+
+
+def qlora(module: nn.Module, names: Iterable[str], device: torch.device) -> nn.Module:
+    """`module` with NF4 base weights and bfloat16 LoRA adapters, as trained ones, in its linear layers `names`."""
+    names = list(names)
+    for name in names:
+        dense = module.get_submodule(name)
+        layer = bnb.nn.Linear4bit(
+            dense.in_features, dense.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+        weight = torch.randn(dense.weight.shape, dtype=torch.bfloat16, device=device) / dense.in_features**0.5
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
+        module.set_submodule(name, layer)
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, module)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(device, torch.bfloat16)
+    return module
+
+
+def projection(layer: nn.Module, *, dtype: torch.dtype = torch.bfloat16) -> Projection:
+    """What one linear layer of `qlora` computes; adapters in `dtype`."""
+    weight = layer.base_layer.weight
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    adapter = Adapter(A.to(dtype), B.to(dtype), layer.scaling["default"])
+    return Projection(nf4_weight(weight.data, weight.quant_state), adapter)
