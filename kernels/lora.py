@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -324,10 +323,11 @@ def numbers_of(projections: Sequence[Projection]) -> tuple[tuple[float, float], 
 
 def projections_of(parts: Sequence[Any], numbers: Sequence[tuple[float, float]]) -> list[Projection]:
     """The projections that `parts_of` and `numbers_of` took apart."""
-    return [
-        Projection(parts[3 * i], None if parts[3 * i + 1] is None else Adapter(*parts[3 * i + 1 : 3 * i + 3], scaling), p)
-        for i, (scaling, p) in enumerate(numbers)
-    ]
+    projections = []
+    for index, (scaling, dropout) in enumerate(numbers):
+        weight, A, B = parts[3 * index : 3 * index + 3]
+        projections.append(Projection(weight, None if A is None else Adapter(A, B, scaling), dropout))
+    return projections
 
 
 def masks_of(projections: Sequence[Projection], drawn: Sequence[torch.Tensor]) -> Masks:

@@ -1,4 +1,4 @@
-"""The kernels of `qk_norm_rope`, launched on row matrices without autograd: for it, and for operations that contain it."""
+"""The kernels of `qk_norm_rope`, launched on row matrices without autograd, for all operations that contain it."""
 
 from __future__ import annotations
 

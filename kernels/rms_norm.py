@@ -6,7 +6,7 @@
 with everything inside in float32 and one rounding at the end. The weight multiplies directly (not 1 + w), and may be
 missing (v_norm, the router's norm).
 
-    dx = rstd * (g - x * rstd^2 * mean(g * x)),   g = dy * scale * w     (+ addend: a gradient that x has from elsewhere)
+    dx = rstd * (g - x * rstd^2 * mean(g * x)),   g = dy * scale * w     (+ a gradient that x has from elsewhere)
     dw = sum over rows of dy * scale * x * rstd
     dresidual = dy * scale
 

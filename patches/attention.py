@@ -25,7 +25,7 @@ def rotary_dim(attention: Any) -> int:
 
 
 def qkv_layers(attention: Any) -> list[nn.Module]:
-    """The projections that a layer has: of queries; of keys, where it shares nobody's; of values, where not from keys."""
+    """A layer's projections: of queries; of keys, unless it shares another's; of values, unless they are the keys."""
     layers = [attention.q_proj]
     if not attention.is_kv_shared_layer:
         layers.append(attention.k_proj)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention, Gemma4TextMLP
 
-from fastgemma.kernels.lora import lora_linear, lora_linear_reference, lora_mlp, lora_mlp_reference, lora_qkv
+from fastgemma.kernels.lora import lora_linear, lora_linear_reference, lora_qkv
+from fastgemma.kernels.lora_mlp import lora_mlp, lora_mlp_reference
 
 SHAPES = [(rows, size) for size in ("e2b", "e4b") for rows in (2048, 32768)]
 TINY = (7, "e2b")

@@ -25,7 +25,9 @@ from kernel_checks import (
     trained,
 )
 
-from fastgemma.kernels import backend, geglu, nf4 as nf4_module, post_attention as module, rms_norm
+from fastgemma.kernels import backend, geglu, rms_norm
+from fastgemma.kernels import nf4 as nf4_module
+from fastgemma.kernels import post_attention as module
 from fastgemma.kernels.lora import Adapter, Projection, lora_linear_reference
 from fastgemma.kernels.post_attention import Matrices, Norms, post_attention, post_attention_reference
 from fastgemma.kernels.rms_norm import rms_norm_reference

@@ -1,4 +1,4 @@
-"""pre_attention against float64: norm, projections with LoRA and rotation as one operation, in every layout of heads."""
+"""pre_attention against float64: norm, projections with LoRA and rotation as one operation, in every head layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from kernel_checks import (
     trained,
 )
 
-from fastgemma.kernels import backend, nf4 as nf4_module, pre_attention as module, qk_norm_rope_launch, rms_norm
+from fastgemma.kernels import backend, qk_norm_rope_launch, rms_norm
+from fastgemma.kernels import nf4 as nf4_module
+from fastgemma.kernels import pre_attention as module
 from fastgemma.kernels.lora import Adapter, Projection, Projections
 from fastgemma.kernels.pre_attention import pre_attention, pre_attention_reference
 from fastgemma.kernels.qk_norm_rope_launch import Heads
