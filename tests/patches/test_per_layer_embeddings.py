@@ -16,6 +16,7 @@ import structures
 import torch
 from datasets import Dataset
 from kernel_checks import same_bits
+from memory_maps import mapped_from, on_linux
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -89,21 +90,6 @@ def table_of(model: Any) -> Any:
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(ids).logits
-
-
-def mapped_from(tensor: torch.Tensor) -> str | None:
-    """The file in whose memory map the tensor's first and last bytes lie, or None."""
-    begin = tensor.data_ptr()
-    end = begin + tensor.numel() * tensor.element_size() - 1
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, path = line.split(maxsplit=5) if len(line.split()) > 5 else (line.split()[0], "")
-        low, high = (int(part, 16) for part in span.split("-"))
-        if low <= begin and end < high:
-            return path or None
-    return None
-
-
-on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 
 
 def without(model: nn.Module, name: str) -> bool:

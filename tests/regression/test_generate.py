@@ -1,16 +1,19 @@
-"""Generation with a cache and left padding: stock's tokens in float32."""
+"""Generation with a cache and left padding: stock's tokens in float32, logits as exact as stock's in bfloat16."""
 
 from __future__ import annotations
+
+import statistics
 
 import pytest
 import structures
 import torch
+from kernel_checks import FLOAT32_BUDGET, STOCK_L2_FACTOR, gpu, relative_error
 
 import fastgemma
 
 
-def left_padded(device: torch.device) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, structures.VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
+def left_padded(device: torch.device, seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, structures.VOCAB, (2, 11), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
@@ -48,6 +51,48 @@ def test_cached_logits_equal_full_ones(name, device):
             cache = out.past_key_values
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def logits_along(model: torch.nn.Module, prompt: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """[rows, steps, vocabulary]: the logits that precede each of `tokens`, which are fed one by one to a cache."""
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    cache, steps = None, []
+    with torch.no_grad():
+        for step in range(tokens.shape[1]):
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits[:, -1])
+            ids = tokens[:, step : step + 1]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return torch.stack(steps, dim=1)
+
+
+@pytest.mark.parametrize(
+    "dtype, seeds",
+    [pytest.param(torch.float32, 1, id="float32"), pytest.param(torch.bfloat16, 5, id="bfloat16", marks=gpu)],
+)
+@pytest.mark.parametrize("name", ("e2b", "12b", "31b"))
+def test_decoding_is_as_exact_as_stock(name, dtype, seeds, device):
+    """Along stock's greedy tokens, so that two near-equal logits cannot send the two models different ways."""
+    stock_errors, errors = [], []
+    for seed in range(seeds):
+        model = structures.build(name, seed=seed).to(device, dtype).eval()
+        prompt = left_padded(device, seed)
+        generated = model.generate(**prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        tokens = generated[:, prompt["input_ids"].shape[1] :]
+        stock = logits_along(model, prompt, tokens)
+        before = fastgemma.status()["rope"].fast_calls
+        with fastgemma.patched():
+            patched = logits_along(model, prompt, tokens)
+        assert fastgemma.status()["rope"].fast_calls > before
+        assert patched.dtype == stock.dtype == dtype
+        if dtype == torch.float32:
+            assert torch.equal(stock.argmax(dim=-1), tokens), "not the inputs that generate() gave the model"
+        truth = logits_along(model.float(), prompt, tokens)  # in float32 that is stock again
+        stock_errors.append(relative_error(stock, truth))
+        errors.append(relative_error(patched, truth))
+    assert statistics.mean(errors) <= max(FLOAT32_BUDGET, STOCK_L2_FACTOR * statistics.mean(stock_errors))
 
 
 def test_training_after_generation(device):
