@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import operator
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,27 +45,36 @@ class Kernel:
     """A Triton kernel, launched as `kernel[grid](name=value, ...)`.
 
     Triton binds and classifies every argument again at each launch, which costs more host time than a small kernel
-    takes on the GPU. Here a variant that was compiled once is found by what it was specialised on (dtypes, alignment
-    and the values that Triton folds in) and launched directly. Name every parameter in a launch, compiler options last.
+    takes on the GPU. Here a launch whose values and pointer alignments were seen before finds its compiled variant in
+    one look-up. Name every parameter in a launch, tensors `..._ptr`, compiler options last.
     """
 
     def __init__(self, fn: Any) -> None:
         self.function = jit(fn)
         self.__name__: str = fn.__name__
+        # By exact values, to spare the classification; by what Triton compiles values into.
+        self._launchers: dict[Any, Callable[..., None]] = {}
         self._compiled: dict[Any, Any] = {}
+        self._orders: dict[tuple[str, ...], Callable[[Any], tuple[Any, ...]]] = {}
         if HAS_TRITON:
             parameters = inspect.signature(fn).parameters.values()
             self._names = [parameter.name for parameter in parameters]
-            self._first = self._names[0]
-            constexprs = {p.name for p in parameters if "constexpr" in str(p.annotation)}
-            self._runtime = [name for name in self._names if name not in constexprs]
-            self._constexprs = [name for name in self._names if name in constexprs]
+            self._is_constexpr = ["constexpr" in str(parameter.annotation) for parameter in parameters]
+            self._n_pointers = sum(name.endswith("_ptr") for name in self._names)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> None:
-        first = kwargs[self._first]
+        names = tuple(kwargs)
+        order = self._orders.get(names)
+        if order is None:
+            # Pointers first, then the other parameters, then options.
+            by_kind = sorted(self._names, key=lambda name: not name.endswith("_ptr")) + list(names[len(self._names) :])
+            order = self._orders[names] = operator.itemgetter(*(names.index(name) for name in by_kind))
+        values = order(tuple(kwargs.values()))
+        pointers = values[: self._n_pointers]
+        first = pointers[0]
         if not first.is_cuda or torch.compiler.is_compiling():
             self.function[grid](**kwargs)
             return
@@ -72,29 +83,53 @@ class Kernel:
             with torch.cuda.device(device):
                 self._launch(grid, **kwargs)
             return
+        addresses = 0
+        dtypes = []
+        for pointer in pointers:
+            addresses |= pointer.data_ptr()
+            dtypes.append(pointer.dtype)
+        aligned = True if addresses & 15 == 0 else tuple(pointer.data_ptr() & 15 == 0 for pointer in pointers)
+        key = (device, grid, aligned, *dtypes, *values[self._n_pointers :])
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            launcher = self._find(grid, kwargs, key[:1] + key[2 : 3 + len(dtypes)])
+            if launcher is None:
+                return
+            if len(self._launchers) >= _MAX_LAUNCHERS:  # sequence lengths that never come back
+                self._launchers.clear()
+            self._launchers[key] = launcher
+        launcher(*[kwargs[name] for name in self._names])
+
+    def _find(self, grid: tuple[int, ...], kwargs: dict[str, Any], pointers: tuple[Any, ...]) -> Any:
+        """What launches these values on this grid, or None where the first launch compiled, and so launched already."""
         variant = (
-            device,
-            *[kwargs[name] for name in self._constexprs],
-            *[_specialisation(kwargs[name]) for name in self._runtime],
+            pointers,
+            *(
+                kwargs[name] if constant else _specialisation(kwargs[name])
+                for name, constant in zip(self._names, self._is_constexpr)
+                if not name.endswith("_ptr")
+            ),
             *list(kwargs.values())[len(self._names) :],
         )
         compiled = self._compiled.get(variant)
         if compiled is None:
-            # The first launch compiles; what it returns launches itself from then on.
+            # What it returns launches itself from then on.
             self._compiled[variant] = self.function[grid](**kwargs)
-            return
-        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*[kwargs[name] for name in self._names])
+            return None
+        return compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]]
+
+
+# Launches remembered by exact value, for each kernel.
+_MAX_LAUNCHERS = 4096
 
 
 def _specialisation(value: Any) -> Any:
-    """What Triton compiles a run-time argument into: an integer 1, divisibility by 16, types and alignment."""
-    if value.__class__ is int:
-        if -_INT32_MAX <= value <= _INT32_MAX:
-            return 1 if value == 1 else 2 if value & 15 else 3
-        return 4 if value & 15 else 5
-    if value.__class__ is float:
+    """What Triton compiles a run-time number into: an integer 1, divisibility by 16, its width; floats are alike."""
+    if value.__class__ is not int:
         return None
-    return value.dtype, value.data_ptr() & 15 == 0
+    if -_INT32_MAX <= value <= _INT32_MAX:
+        return 1 if value == 1 else 2 if value & 15 else 3
+    return 4 if value & 15 else 5
 
 
 @functools.cache

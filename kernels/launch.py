@@ -24,6 +24,10 @@ class Launch:
     num_stages: int = 1
 
     def kwargs(self) -> dict[str, int]:
+        return self._kwargs
+
+    @functools.cached_property
+    def _kwargs(self) -> dict[str, int]:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 

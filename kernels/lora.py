@@ -76,11 +76,19 @@ def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
+@functools.cache
+def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(1, dtype=dtype, device=device)
+
+
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scaling * a b, rounded once; with beta 0, addmm does not read its first argument."""
-    if out is None:
-        out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    return torch.addmm(out, a, b, beta=0, alpha=scaling, out=out)
+    return torch.addmm(_unread(a.dtype, a.device) if out is None else out, a, b, beta=0, alpha=scaling, out=out)
+
+
+def _parts(x: torch.Tensor, sizes: list[int], dim: int) -> Sequence[torch.Tensor]:
+    """torch.split without its detour through Python."""
+    return (x,) if len(sizes) == 1 else x.split_with_sizes(sizes, dim)
 
 
 class _Group(NamedTuple):
@@ -132,7 +140,7 @@ class Projections:
         heights = [p.weight.shape[0] for p in self.projections]
         first = self.projections[0].weight
         out = torch.empty((sum(heights), first.shape[1]), dtype=dtype, device=first.device)
-        for projection, rows in zip(self.projections, out.split(heights)):
+        for projection, rows in zip(self.projections, _parts(out, heights, 0)):
             assert isinstance(projection.weight, NF4Weight)
             dequantize_nf4(projection.weight, rows)
         return out
@@ -150,38 +158,52 @@ class Projections:
                 x = torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - rate))
         return x if x.dtype == group.A.dtype else x.to(group.A.dtype)
 
-    def forward(
-        self, x: torch.Tensor, outs: Sequence[torch.Tensor], joint: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """Fills `outs`, [rows, out_features] each, from x [rows, in_features], and returns the masks drawn.
+    def forward(self, x: torch.Tensor, joint: bool = False) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """(all outputs side by side, each of them) from x [rows, in_features]; `masks` then holds the masks drawn.
 
-        `joint` [rows, sum of out_features] is the buffer in which the `outs` lie side by side, if they do.
+        The outputs are views of the first, [rows, sum of out_features], with `joint`; else the first means nothing.
         """
         cast = self._cast(x)
-        if joint is not None and self._all_nf4:
-            torch.mm(cast, self._stacked(cast.dtype).t(), out=joint)
-        else:
+        widths = [p.weight.shape[0] for p in self.projections]
+        if joint and self._all_nf4:
+            whole = torch.mm(cast, self._stacked(cast.dtype).t())
+            outs = _parts(whole, widths, 1)
+        elif joint and len(widths) > 1:
+            whole = torch.empty((x.shape[0], sum(widths)), dtype=cast.dtype, device=x.device)
+            outs = _parts(whole, widths, 1)
             for projection, out in zip(self.projections, outs):
                 torch.mm(cast, _dense(projection.weight, cast.dtype).t(), out=out)
+        else:
+            outs = [torch.mm(cast, _dense(p.weight, cast.dtype).t()) for p in self.projections]
+            whole = outs[0]
         for group in self._groups:
             xa = torch.mm(self._source(x, group), group.A.t())
-            for index, xa_part in zip(group.members, xa.split(group.ranks, 1) if len(group.ranks) > 1 else (xa,)):
+            for index, xa_part in zip(group.members, _parts(xa, group.ranks, 1)):
                 adapter, out = self._adapter(index), outs[index]
                 B = self._cast(adapter.B).t()
                 if xa.dtype == out.dtype:
                     torch.addmm(out, xa_part, B, alpha=adapter.scaling, out=out)
                 else:
                     out.add_(_scaled_mm(xa_part, B, adapter.scaling))
+        return whole, outs
+
+    def drawn(self) -> list[torch.Tensor]:
+        """The masks that the forward drew, to be saved."""
         return [mask for mask in self.masks if mask is not None]
 
     def _dxa(self, dys: Sequence[torch.Tensor], group: _Group) -> torch.Tensor:
         """scaling * dy B of a group's members, side by side."""
         dtype = group.A.dtype
-        dxa = torch.empty((dys[0].shape[0], group.A.shape[0]), dtype=dtype, device=dys[0].device)
-        parts = dxa.split(group.ranks, 1) if len(group.ranks) > 1 else (dxa,)
-        for index, part in zip(group.members, parts):
+
+        def one(index: int, out: torch.Tensor | None) -> torch.Tensor:
             adapter, dy = self._adapter(index), dys[index]
-            _scaled_mm(dy if dy.dtype == dtype else dy.to(dtype), self._cast(adapter.B), adapter.scaling, out=part)
+            return _scaled_mm(dy if dy.dtype == dtype else dy.to(dtype), self._cast(adapter.B), adapter.scaling, out)
+
+        if len(group.members) == 1:
+            return one(group.members[0], None)
+        dxa = torch.empty((dys[0].shape[0], group.A.shape[0]), dtype=dtype, device=dys[0].device)
+        for index, part in zip(group.members, _parts(dxa, group.ranks, 1)):
+            one(index, part)
         return dxa
 
     def input_gradient(
@@ -235,10 +257,10 @@ class Projections:
             wants_b = any(wanted[index].B for index in group.members)
             if not (wants_a or wants_b):
                 continue
-            source, several = self._source(x, group), len(group.ranks) > 1
+            source = self._source(x, group)
             if wants_b:
                 xa = torch.mm(source, group.A.t())
-                for index, part in zip(group.members, xa.split(group.ranks, 1) if several else (xa,)):
+                for index, part in zip(group.members, _parts(xa, group.ranks, 1)):
                     if wanted[index].B:
                         adapter, dy = self._adapter(index), dys[index]
                         dy = dy if dy.dtype == xa.dtype else dy.to(xa.dtype)
@@ -246,7 +268,7 @@ class Projections:
             if wants_a:
                 dxa = dxas[number] if dxas else self._dxa(dys, group)
                 dA = torch.mm(dxa.t(), source)
-                for index, part in zip(group.members, dA.split(group.ranks) if several else (dA,)):
+                for index, part in zip(group.members, _parts(dA, group.ranks, 0)):
                     if wanted[index].A:
                         As[index] = part.to(self._adapter(index).A.dtype)
         return [Grads(*grads) for grads in zip(weights, As, Bs)]
@@ -308,6 +330,37 @@ def trained_only(static: Static, items: Sequence[Any]) -> list[Any]:
     return [item for place, item in zip(static, items) if place is _TRAINED]
 
 
+def keep(ctx: Any, trained: Sequence[torch.Tensor], activations: Sequence[torch.Tensor | None]) -> None:
+    """Keeps what a backward needs.
+
+    Activations go through `save_for_backward`, where checkpointing and offloading see them. Trained parameters live in
+    their modules anyway and would be no gain to drop or to offload: they are only watched for being written to.
+    """
+    if all(tensor.is_leaf for tensor in trained):
+        ctx.trained = [(tensor, tensor._version) for tensor in trained]
+        ctx.save_for_backward(*activations)
+    else:
+        ctx.trained = len(trained)
+        ctx.save_for_backward(*trained, *activations)
+
+
+def kept(ctx: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """(trained, activations) as `keep` was given them.
+
+    Raises:
+        RuntimeError: a trained parameter was written to since, as torch raises it for saved tensors.
+    """
+    saved = ctx.saved_tensors
+    if isinstance(ctx.trained, int):
+        return saved[: ctx.trained], saved[ctx.trained :]
+    if any(tensor._version != version for tensor, version in ctx.trained):
+        raise RuntimeError(
+            "fastgemma: a trained parameter was modified in place between a forward and its backward, so that its "
+            "gradient would be that of other weights. No gradient was produced. Step the optimizer after backward()."
+        )
+    return [tensor for tensor, _ in ctx.trained], saved
+
+
 def parts_of(projections: Sequence[Projection]) -> list[torch.Tensor | NF4Weight | None]:
     """weight, A and B of each projection."""
     parts: list[torch.Tensor | NF4Weight | None] = []
@@ -353,26 +406,23 @@ class _LoraProjections(torch.autograd.Function):
         ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
         rows = rows_of(x)
         projections = projections_of(join_trained(static, trained), numbers)
-        dtype = x.dtype if autocast is None else autocast
-        outs = [torch.empty((rows.shape[0], p.weight.shape[0]), dtype=dtype, device=x.device) for p in projections]
+        bundle = Projections(projections, autocast)
         with without_autocast(x):
-            masks = Projections(projections, autocast).forward(rows, outs)
-        ctx.n_trained = len(trained)
-        ctx.save_for_backward(x, *trained, *masks)
+            _, outs = bundle.forward(rows)
+        keep(ctx, trained, (x, *bundle.drawn()))
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, *dys):
-        x, *rest = ctx.saved_tensors
-        trained, drawn = rest[: ctx.n_trained], rest[ctx.n_trained :]
+        trained, (x, *drawn) = kept(ctx)
         projections = projections_of(join_trained(ctx.static, trained), ctx.numbers)
         masks = masks_of(projections, drawn)
         wanted = wants_of(wanted_of(ctx.static, ctx.needs_input_grad[4:]))
         used = [index for index, dy in enumerate(dys) if dy is not None]
         if not used:
-            return (None,) * (4 + ctx.n_trained)
+            return (None,) * (4 + len(trained))
         bundle = Projections([projections[i] for i in used], ctx.autocast, [masks[i] for i in used])
         used_dys, rows = [rows_of(dys[i]) for i in used], rows_of(x)
         dx, dxas = None, []

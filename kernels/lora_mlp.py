@@ -26,6 +26,8 @@ from fastgemma.kernels.lora import (
     backward_without_autocast,
     check_projections,
     join_trained,
+    keep,
+    kept,
     lora_linear_reference,
     masks_of,
     numbers_of,
@@ -44,14 +46,10 @@ def mlp_fwd(
     x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], masks drawn) of x [rows, hidden_size]."""
-    intermediate = projections[0].weight.shape[0]
-    dtype = x.dtype if autocast is None else autocast
-    gate_up = torch.empty((x.shape[0], 2 * intermediate), dtype=dtype, device=x.device)
-    gate, up = gate_up.split(intermediate, 1)
-    masks = Projections(projections[:2], autocast).forward(x, (gate, up), gate_up)
-    y = torch.empty((x.shape[0], projections[2].weight.shape[0]), dtype=dtype, device=x.device)
-    masks += Projections(projections[2:], autocast).forward(geglu_fwd(gate, up), (y,))
-    return y, gate_up, masks
+    inner, outer = Projections(projections[:2], autocast), Projections(projections[2:], autocast)
+    gate_up, (gate, up) = inner.forward(x, joint=True)
+    y, _ = outer.forward(geglu_fwd(gate, up))
+    return y, gate_up, inner.drawn() + outer.drawn()
 
 
 def mlp_bwd(
@@ -66,16 +64,17 @@ def mlp_bwd(
 ) -> tuple[torch.Tensor | None, list[Grads]]:
     """dx [rows, hidden_size], and the gradients of the three projections."""
     intermediate = gate_up.shape[1] // 2
-    gate, up = gate_up.split(intermediate, 1)
+    gate, up = gate_up.split_with_sizes((intermediate, intermediate), 1)
     needs_gate, needs_up, needs_h = (needs_dx or any(wanted[0])), (needs_dx or any(wanted[1])), any(wanted[2])
     inner = Projections(projections[:2], autocast, masks[:2])
     outer = Projections(projections[2:], autocast, masks[2:])
 
-    dh, dxas, dgate_up, down_grads = None, [], None, [Grads()]
+    dxas: list[torch.Tensor] = []
+    dh, dgate_up, down_grads = None, None, [Grads()]
     if needs_gate or needs_up:
         dh, dxas = outer.input_gradient((dy,))
         dgate_up = torch.empty_like(gate_up)
-        dgate, dup = dgate_up.split(intermediate, 1)
+        dgate, dup = dgate_up.split_with_sizes((intermediate, intermediate), 1)
         # h takes the place of its gradient.
         geglu_bwd(dh, gate, up, dgate if needs_gate else None, dup if needs_up else None, dh if needs_h else None)
     if needs_h:
@@ -98,17 +97,16 @@ class _LoraMLP(torch.autograd.Function):
         projections = projections_of(join_trained(static, trained), numbers)
         with without_autocast(x):
             y, gate_up, masks = mlp_fwd(rows_of(x), projections, autocast)
-        ctx.n_trained = len(trained)
-        ctx.save_for_backward(x, gate_up, *trained, *masks)
+        keep(ctx, trained, (x, gate_up, *masks))
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, dy):
-        x, gate_up, *rest = ctx.saved_tensors
-        projections = projections_of(join_trained(ctx.static, rest[: ctx.n_trained]), ctx.numbers)
-        masks = masks_of(projections, rest[ctx.n_trained :])
+        trained, (x, gate_up, *drawn) = kept(ctx)
+        projections = projections_of(join_trained(ctx.static, trained), ctx.numbers)
+        masks = masks_of(projections, drawn)
         flags = wanted_of(ctx.static, ctx.needs_input_grad[4:])
         dx, grads = mlp_bwd(
             rows_of(dy),

@@ -14,7 +14,9 @@ Source: Dettmers et al., "QLoRA" (2023); the layout of `bitsandbytes.functional.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +49,28 @@ class NF4Weight:
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    @functools.cached_property
+    def launch(self) -> tuple[tuple[int], dict[str, Any]]:
+        """The grid and all arguments but the output of this weight's launch: it is dequantised again and again."""
+        config = launch("dequantize_nf4", "any", self.device)
+        n_bytes, nested = self.shape.numel() // 2, self.nested
+        arguments = {
+            "packed_ptr": self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8),
+            "absmax_ptr": self.absmax,
+            "code_ptr": self.code,
+            "nested_absmax_ptr": self.code if nested is None else nested.absmax,
+            "nested_code_ptr": self.code if nested is None else nested.code,
+            "offset_ptr": self.code if nested is None else nested.offset,
+            "n_bytes": n_bytes,
+            "NESTED": nested is not None,
+            "BYTES_PER_BLOCK": self.blocksize // 2,
+            "NESTED_BLOCKSIZE": 1 if nested is None else nested.blocksize,
+            **config.kwargs(),
+            # The interpreter does not know the option.
+            **({} if self.device.type == "cpu" else {"enable_fp_fusion": False}),
+        }
+        return (cdiv(n_bytes, config.blocks["BLOCK"]),), arguments
 
 
 @kernel
@@ -106,26 +130,9 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
         )
     if not runs_kernel(weight.packed, weight.absmax, out):
         return out.copy_(dequantize_nf4_reference(weight))
-    if numel == 0:
-        return out
-    config = launch("dequantize_nf4", "any", weight.device)
-    nested = weight.nested
-    options = {} if weight.device.type == "cpu" else {"enable_fp_fusion": False}
-    _dequantize_nf4_kernel[(cdiv(numel // 2, config.blocks["BLOCK"]),)](
-        packed_ptr=weight.packed if weight.packed.dtype == torch.uint8 else weight.packed.view(torch.uint8),
-        absmax_ptr=weight.absmax,
-        code_ptr=weight.code,
-        nested_absmax_ptr=weight.code if nested is None else nested.absmax,
-        nested_code_ptr=weight.code if nested is None else nested.code,
-        offset_ptr=weight.code if nested is None else nested.offset,
-        out_ptr=out,
-        n_bytes=numel // 2,
-        NESTED=nested is not None,
-        BYTES_PER_BLOCK=weight.blocksize // 2,
-        NESTED_BLOCKSIZE=1 if nested is None else nested.blocksize,
-        **config.kwargs(),
-        **options,
-    )
+    if numel:
+        grid, arguments = weight.launch
+        _dequantize_nf4_kernel[grid](out_ptr=out, **arguments)
     return out
 
 

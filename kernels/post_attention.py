@@ -30,6 +30,8 @@ from fastgemma.kernels.lora import (
     backward_without_autocast,
     check_projections,
     join_trained,
+    keep,
+    kept,
     lora_linear_reference,
     masks_of,
     numbers_of,
@@ -67,8 +69,9 @@ class Matrices(NamedTuple):
 
 def _one(projection: Projection, x: torch.Tensor, autocast: torch.dtype | None) -> tuple[torch.Tensor, list]:
     """(y, masks drawn) of a single projection."""
-    y = torch.empty((x.shape[0], projection.weight.shape[0]), dtype=x.dtype, device=x.device)
-    return y, Projections((projection,), autocast).forward(x, (y,))
+    bundle = Projections((projection,), autocast)
+    y, _ = bundle.forward(x)
+    return y, bundle.drawn()
 
 
 class _PostAttention(torch.autograd.Function):
@@ -97,20 +100,20 @@ class _PostAttention(torch.autograd.Function):
                 # Its factors' gradients alone need the gate's input.
                 saved.append(h2 if any(wanted_of(static, (True,) * len(trained))[16:19]) else None)
         ctx.static, ctx.numbers, ctx.eps, ctx.autocast = static, numbers, eps, autocast
-        ctx.layer_scalar, ctx.n_saved, ctx.n_trained = layer_scalar, len(saved), len(trained)
-        ctx.save_for_backward(*saved, *trained, *masks)
+        ctx.layer_scalar, ctx.n_saved = layer_scalar, len(saved)
+        keep(ctx, trained, (*saved, *masks))
         return out.view(residual.shape)
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, d_out):
-        tensors, n_saved, n_trained = ctx.saved_tensors, ctx.n_saved, ctx.n_trained
-        attended, rstd, o_out, h1, gate_up, mlp_out, *per_layer = tensors[:n_saved]
-        norm1, norm2, norm3, norm4, *parts = join_trained(ctx.static, tensors[n_saved : n_saved + n_trained])
+        trained, activations = kept(ctx)
+        attended, rstd, o_out, h1, gate_up, mlp_out, *per_layer = activations[: ctx.n_saved]
+        norm1, norm2, norm3, norm4, *parts = join_trained(ctx.static, trained)
         o, *mlp_and_gate = projections = projections_of(parts, ctx.numbers)
         mlp = mlp_and_gate[:3]
-        o_mask, *masks = masks_of(projections, tensors[n_saved + n_trained :])
+        o_mask, *masks = masks_of(projections, activations[ctx.n_saved :])
         needs = ctx.needs_input_grad
         wants1, wants2, wants3, wants4, *flags = wanted_of(ctx.static, needs[8:])
         wanted = wants_of(flags)

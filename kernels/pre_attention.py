@@ -26,6 +26,8 @@ from fastgemma.kernels.lora import (
     backward_without_autocast,
     check_projections,
     join_trained,
+    keep,
+    kept,
     lora_linear_reference,
     masks_of,
     numbers_of,
@@ -47,7 +49,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | 
 
 def _qkv(columns: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor | None]:
     """The parts of a buffer that belong to q, k and v; None where there is no such projection."""
-    parts: list[torch.Tensor | None] = list(columns.split([p.weight.shape[0] for p in projections], 1))
+    parts: list[torch.Tensor | None] = list(columns.split_with_sizes([p.weight.shape[0] for p in projections], 1))
     return parts + [None] * (3 - len(parts))
 
 
@@ -59,30 +61,28 @@ class _PreAttention(torch.autograd.Function):
         rows, angles = as_rows(hidden_states), Angles.of(cos, sin)
         rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         x = rms_norm_fwd(rows, norm, eps, rstd=rstd)
-        width = sum(p.weight.shape[0] for p in projections)
-        columns = torch.empty((rows.shape[0], width), dtype=x.dtype, device=x.device)
-        q, k, v = _qkv(columns, projections)
+        bundle = Projections(projections, autocast)
         with without_autocast(x):
-            masks = Projections(projections, autocast).forward(x, [y for y in (q, k, v) if y is not None], columns)
+            columns, parts = bundle.forward(x, joint=True)
+        q, k, v, *_ = [*parts, None, None]
         outs = qk_norm_rope_fwd(q, k, v, angles, q_norm, k_norm, heads, hidden_states.shape[:2])
         ctx.static, ctx.numbers, ctx.heads, ctx.eps, ctx.autocast = static, numbers, heads, eps, autocast
-        ctx.n_trained = len(trained)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_states, rstd, columns, angles.cos, angles.sin, *trained, *masks)
+        keep(ctx, trained, (hidden_states, rstd, columns, angles.cos, angles.sin, *bundle.drawn()))
         return hidden_states, *outs
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, d_residual, *d_outs):
-        hidden_states, rstd, columns, cos, sin, *rest = ctx.saved_tensors
+        trained, (hidden_states, rstd, columns, cos, sin, *drawn) = kept(ctx)
         nothing = (None,) * 7
         if all(grad is None for grad in d_outs):
-            return d_residual, *nothing, *(None,) * ctx.n_trained
-        norm, q_norm, k_norm, *parts = join_trained(ctx.static, rest[: ctx.n_trained])
+            return d_residual, *nothing, *(None,) * len(trained)
+        norm, q_norm, k_norm, *parts = join_trained(ctx.static, trained)
         projections = projections_of(parts, ctx.numbers)
         wants_norm, wants_q_norm, wants_k_norm, *flags = wanted_of(ctx.static, ctx.needs_input_grad[8:])
-        bundle = Projections(projections, ctx.autocast, masks_of(projections, rest[ctx.n_trained :]))
+        bundle = Projections(projections, ctx.autocast, masks_of(projections, drawn))
         rows = as_rows(hidden_states)
 
         d_columns = torch.empty_like(columns)
