@@ -27,7 +27,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import check_dtype
-from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference
+from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference, dequantize_nf4_stack
 
 Masks = list[torch.Tensor | None]
 
@@ -120,7 +120,10 @@ class Projections:
                 members.append(together)
                 together.append(index)
         self._groups = [self._group(m) for m in members]
-        self._all_nf4 = len(projections) > 1 and all(isinstance(p.weight, NF4Weight) for p in projections)
+        # The weights that are dequantised together, if all are NF4.
+        weights = [p.weight for p in projections]
+        self._stack = [weight for weight in weights if isinstance(weight, NF4Weight)]
+        self._all_nf4 = len(self._stack) == len(projections) > 1
 
     def _group(self, members: list[int]) -> _Group:
         factors = [self._adapter(index).A for index in members]
@@ -134,16 +137,6 @@ class Projections:
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.autocast is None or tensor.dtype == self.autocast else tensor.to(self.autocast)
-
-    def _stacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dense weights, one below the other."""
-        heights = [p.weight.shape[0] for p in self.projections]
-        first = self.projections[0].weight
-        out = torch.empty((sum(heights), first.shape[1]), dtype=dtype, device=first.device)
-        for projection, rows in zip(self.projections, _parts(out, heights, 0)):
-            assert isinstance(projection.weight, NF4Weight)
-            dequantize_nf4(projection.weight, rows)
-        return out
 
     def _source(self, x: torch.Tensor, group: _Group) -> torch.Tensor:
         """What a group's A's are multiplied with; drops by a mask that was drawn before, or draws it."""
@@ -166,7 +159,7 @@ class Projections:
         cast = self._cast(x)
         widths = [p.weight.shape[0] for p in self.projections]
         if joint and self._all_nf4:
-            whole = torch.mm(cast, self._stacked(cast.dtype).t())
+            whole = torch.mm(cast, dequantize_nf4_stack(self._stack, cast.dtype).t())
             outs = _parts(whole, widths, 1)
         elif joint and len(widths) > 1:
             whole = torch.empty((x.shape[0], sum(widths)), dtype=cast.dtype, device=x.device)
@@ -216,7 +209,7 @@ class Projections:
         """
         dtype = dys[0].dtype
         if joint is not None and self._all_nf4:
-            weight = self._stacked(dtype)
+            weight = dequantize_nf4_stack(self._stack, dtype)
             dx = torch.mm(joint, weight) if dx is None else torch.addmm(dx, joint, weight, out=dx)
         else:
             for projection, dy in zip(self.projections, dys):

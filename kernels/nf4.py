@@ -1,4 +1,4 @@
-"""NF4 dequantisation, nested scales included, in one launch; bit-equal to bitsandbytes.
+"""NF4 dequantisation, nested scales included, of one weight or a stack in one launch; bit-equal to bitsandbytes.
 
 Two 4-bit codes per byte, high nibble first, over the flattened [out_features, in_features] weight; one scale per
 block of `blocksize` weights:
@@ -15,13 +15,19 @@ Source: Dettmers et al., "QLoRA" (2023); the layout of `bitsandbytes.functional.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastgemma.kernels.backend import cdiv, kernel, runs_kernel, tl
+from fastgemma.kernels.backend import cdiv, jit, kernel, runs_kernel, tl
 from fastgemma.kernels.launch import launch
+
+# Grid and arguments of a launch, but for its output.
+_Launch = tuple[tuple[int, ...], dict[str, Any]]
+# Weights of one input that one launch takes: queries, keys and values.
+_MAX_STACK = 3
 
 
 @dataclass(frozen=True)
@@ -50,31 +56,62 @@ class NF4Weight:
     def device(self) -> torch.device:
         return self.packed.device
 
-    @functools.cached_property
-    def launch(self) -> tuple[tuple[int], dict[str, Any]]:
-        """The grid and all arguments but the output of this weight's launch: it is dequantised again and again."""
-        config = launch("dequantize_nf4", "any", self.device)
-        n_bytes, nested = self.shape.numel() // 2, self.nested
-        arguments = {
-            "packed_ptr": self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8),
-            "absmax_ptr": self.absmax,
-            "code_ptr": self.code,
-            "nested_absmax_ptr": self.code if nested is None else nested.absmax,
-            "nested_code_ptr": self.code if nested is None else nested.code,
-            "offset_ptr": self.code if nested is None else nested.offset,
-            "n_bytes": n_bytes,
-            "NESTED": nested is not None,
-            "BYTES_PER_BLOCK": self.blocksize // 2,
-            "NESTED_BLOCKSIZE": 1 if nested is None else nested.blocksize,
-            **config.kwargs(),
-            # The interpreter does not know the option.
-            **({} if self.device.type == "cpu" else {"enable_fp_fusion": False}),
+    def pointers(self, number: str = "") -> dict[str, torch.Tensor]:
+        """The kernel's arguments for this weight, or for the weight of this number in a stack."""
+        nested = self.nested
+        return {
+            f"packed{number}_ptr": self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8),
+            f"absmax{number}_ptr": self.absmax,
+            f"code{number}_ptr": self.code,
+            f"nested_absmax{number}_ptr": self.code if nested is None else nested.absmax,
+            f"nested_code{number}_ptr": self.code if nested is None else nested.code,
+            f"offset{number}_ptr": self.code if nested is None else nested.offset,
         }
-        return (cdiv(n_bytes, config.blocks["BLOCK"]),), arguments
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What weights must agree in to be dequantised by one launch."""
+        return {
+            "NESTED": self.nested is not None,
+            "BYTES_PER_BLOCK": self.blocksize // 2,
+            "NESTED_BLOCKSIZE": 1 if self.nested is None else self.nested.blocksize,
+        }
+
+    @functools.cached_property
+    def launch(self) -> _Launch:
+        """How to dequantise this weight, worked out once: it is dequantised again and again."""
+        return _launch([self], {**self.pointers(), "n_bytes": self.shape.numel() // 2})
+
+    @functools.cached_property
+    def stacks(self) -> dict[tuple[int, ...], tuple[Sequence[NF4Weight], _Launch | None]]:
+        """The same for stacks that begin with this weight, under the other weights' ids, beside these weights; None
+        where one launch does not do."""
+        return {}
 
 
-@kernel
-def _dequantize_nf4_kernel(
+def _launch(weights: Sequence[NF4Weight], arguments: dict[str, Any]) -> _Launch:
+    config = launch("dequantize_nf4", "any", weights[0].device)
+    blocks = [cdiv(weight.shape.numel() // 2, config.blocks["BLOCK"]) for weight in weights]
+    grid = (blocks[0],) if len(weights) == 1 else (max(blocks), len(weights))
+    # The interpreter does not know the option.
+    options = {} if weights[0].device.type == "cpu" else {"enable_fp_fusion": False}
+    return grid, {**arguments, **weights[0].layout, **config.kwargs(), **options}
+
+
+def _stack_launch(weights: Sequence[NF4Weight]) -> _Launch | None:
+    first = weights[0]
+    if not 2 <= len(weights) <= _MAX_STACK or any(weight.layout != first.layout for weight in weights):
+        return None
+    arguments: dict[str, Any] = {}
+    for number in range(_MAX_STACK):
+        arguments |= weights[min(number, len(weights) - 1)].pointers(str(number))
+    for number in range(_MAX_STACK):
+        arguments[f"n_bytes{number}"] = weights[number].shape.numel() // 2 if number < len(weights) else 0
+    return _launch(weights, arguments)
+
+
+@jit
+def _dequantize_block(
     packed_ptr,
     absmax_ptr,
     code_ptr,
@@ -106,6 +143,75 @@ def _dequantize_nf4_kernel(
     tl.store(out_ptr + elements, pairs, mask=elements < 2 * n_bytes)
 
 
+@kernel
+def _dequantize_nf4_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    out_ptr,
+    n_bytes,
+    NESTED: tl.constexpr,
+    BYTES_PER_BLOCK: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _dequantize_block(
+        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, n_bytes,
+        NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+    )  # fmt: skip
+
+
+@kernel
+def _dequantize_nf4_stack_kernel(
+    packed0_ptr,
+    absmax0_ptr,
+    code0_ptr,
+    nested_absmax0_ptr,
+    nested_code0_ptr,
+    offset0_ptr,
+    packed1_ptr,
+    absmax1_ptr,
+    code1_ptr,
+    nested_absmax1_ptr,
+    nested_code1_ptr,
+    offset1_ptr,
+    packed2_ptr,
+    absmax2_ptr,
+    code2_ptr,
+    nested_absmax2_ptr,
+    nested_code2_ptr,
+    offset2_ptr,
+    out_ptr,
+    n_bytes0,
+    n_bytes1,
+    n_bytes2,
+    NESTED: tl.constexpr,
+    BYTES_PER_BLOCK: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start1 = 2 * n_bytes0.to(tl.int64)
+    start2 = start1 + 2 * n_bytes1
+    if tl.program_id(1) == 0:
+        _dequantize_block(
+            packed0_ptr, absmax0_ptr, code0_ptr, nested_absmax0_ptr, nested_code0_ptr, offset0_ptr,
+            out_ptr, n_bytes0, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+        )  # fmt: skip
+    elif tl.program_id(1) == 1:
+        _dequantize_block(
+            packed1_ptr, absmax1_ptr, code1_ptr, nested_absmax1_ptr, nested_code1_ptr, offset1_ptr,
+            out_ptr + start1, n_bytes1, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+        )  # fmt: skip
+    else:
+        _dequantize_block(
+            packed2_ptr, absmax2_ptr, code2_ptr, nested_absmax2_ptr, nested_code2_ptr, offset2_ptr,
+            out_ptr + start2, n_bytes2, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+        )  # fmt: skip
+
+
 def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """The dense weight of an NF4 one.
 
@@ -133,6 +239,26 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
     if numel:
         grid, arguments = weight.launch
         _dequantize_nf4_kernel[grid](out_ptr=out, **arguments)
+    return out
+
+
+def dequantize_nf4_stack(weights: Sequence[NF4Weight], dtype: torch.dtype) -> torch.Tensor:
+    """The dense weights, one below the other: [sum of out_features, in_features], in one launch for up to three."""
+    heights = [weight.shape[0] for weight in weights]
+    first = weights[0]
+    out = torch.empty((sum(heights), first.shape[1]), dtype=dtype, device=first.device)
+    key = tuple(map(id, weights[1:]))
+    stack = first.stacks.get(key)
+    if stack is None:
+        # The entry keeps the others, and so their ids, alive.
+        fits = runs_kernel(out, *(weight.packed for weight in weights))
+        stack = first.stacks[key] = (weights[1:], _stack_launch(weights) if fits else None)
+    if stack[1] is None:
+        for weight, rows in zip(weights, out.split_with_sizes(heights)):
+            dequantize_nf4(weight, rows)
+    elif out.numel():
+        grid, arguments = stack[1]
+        _dequantize_nf4_stack_kernel[grid](out_ptr=out, **arguments)
     return out
 
 

@@ -88,21 +88,23 @@ class _PostAttention(torch.autograd.Function):
             h1 = rms_norm_fwd(o_out, norm1, eps, as_rows(residual), rstd=rstd1)
             mlp_out, gate_up, drawn = mlp_fwd(rms_norm_fwd(h1, norm2, eps, rstd=rstd2), mlp, autocast)
             masks += drawn
-            out = rms_norm_fwd(mlp_out, norm3, eps, h1, None if gate else layer_scalar, rstd3)
+            out = rms_norm_fwd(
+                mlp_out, norm3, eps, h1, None if gate else layer_scalar, rstd3, None if gate else residual.shape
+            )
             saved = [attended, rstd, o_out, h1, gate_up, mlp_out]
             if gate:
                 h2, inputs = out, as_rows(per_layer_input)
                 gated, drawn = _one(gate[0], h2, autocast)
                 projected, drawn_too = _one(gate[1], geglu_fwd(gated, inputs), autocast)
                 masks += drawn + drawn_too
-                out = rms_norm_fwd(projected, norm4, eps, h2, layer_scalar, rstd4[0])
+                out = rms_norm_fwd(projected, norm4, eps, h2, layer_scalar, rstd4[0], residual.shape)
                 saved += [per_layer_input, gated, projected]
                 # Its factors' gradients alone need the gate's input.
                 saved.append(h2 if any(wanted_of(static, (True,) * len(trained))[16:19]) else None)
         ctx.static, ctx.numbers, ctx.eps, ctx.autocast = static, numbers, eps, autocast
         ctx.layer_scalar, ctx.n_saved = layer_scalar, len(saved)
         keep(ctx, trained, (*saved, *masks))
-        return out.view(residual.shape)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,7 @@ backward 8 H + 6 C.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -64,7 +65,8 @@ class _PreAttention(torch.autograd.Function):
         bundle = Projections(projections, autocast)
         with without_autocast(x):
             columns, parts = bundle.forward(x, joint=True)
-        q, k, v, *_ = [*parts, None, None]
+        padded: list[Any] = [*parts, None, None]
+        q, k, v = padded[:3]
         outs = qk_norm_rope_fwd(q, k, v, angles, q_norm, k_norm, heads, hidden_states.shape[:2])
         ctx.static, ctx.numbers, ctx.heads, ctx.eps, ctx.autocast = static, numbers, heads, eps, autocast
         ctx.set_materialize_grads(False)

@@ -142,13 +142,15 @@ def rms_norm_fwd(
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
+    shape: torch.Size | None = None,
 ) -> torch.Tensor:
-    """y [rows, columns] of row matrices x and residual with unit column stride; fills `rstd` [rows] float32 if given.
+    """y of row matrices x and residual [rows, columns] with unit column stride; fills `rstd` [rows] float32 if given.
 
-    Launches the kernel, without autograd: for operations that contain a norm.
+    y is [rows, columns], or of `shape`: a layer's output should own its memory rather than be a view. Launches the
+    kernel, without autograd: for operations that contain a norm.
     """
     n_rows, n_cols = x.shape
-    y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape if shape is None else shape, dtype=x.dtype, device=x.device)
     if n_rows == 0:
         return y
     config, block_n = _row_launch(n_cols, x.device)
@@ -249,13 +251,13 @@ class _RMSNorm(torch.autograd.Function):
         residual_rows = None if residual is None else as_rows(residual)
         weight = None if weight is None else weight.contiguous()
         rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) if needs_grad else None
-        y = rms_norm_fwd(rows, weight, eps, residual_rows, scale, rstd)
+        y = rms_norm_fwd(rows, weight, eps, residual_rows, scale, rstd, x.shape)
         if needs_grad:
             # What is frozen is persistent module state, not an activation: no hook needs to see it.
             trained = weight if weight is not None and ctx.needs_input_grad[1] else None
             ctx.frozen = (None if trained is not None else weight, scale)
             ctx.save_for_backward(x, trained, rstd)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -54,6 +54,8 @@ def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch
         weight = norm._parameters.get("weight")
         if weight is not None and (not plain(weight) or weight.device != x.device):
             return "norm weight that is sharded or elsewhere"
+        if norm.eps != norms[0].eps:
+            return "norms with different eps"
     if norms[0].weight.dtype != norms[min(1, len(norms) - 1)].weight.dtype:
         return "norm weights in different dtypes"
     return None

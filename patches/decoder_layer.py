@@ -48,12 +48,12 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             """The layer around its stock attention, or None where it has to run in parts."""
             rest = dict(kwargs)
             try:
-                residual, *qkv = whole_layer.before_attention(layer, hidden_states, rest.pop("position_embeddings"))
+                residual, q, k, v = whole_layer.before_attention(layer, hidden_states, rest.pop("position_embeddings"))
             except Unsupported:
                 return None  # the part that is to blame counts it
             for op in (norms, lora, rope):
                 op.fast()
-            attended, _ = attend(module.eager_attention_forward, layer.self_attn, *qkv, **_defaults(rest))
+            attended, _ = attend(module.eager_attention_forward, layer.self_attn, q, k, v, **_defaults(rest))
             try:
                 out = whole_layer.after_attention(layer, attended, residual, per_layer_input)
             except Unsupported:
@@ -85,6 +85,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             if not gated:
                 return hidden_states
             gate = project_one(lora, layer.per_layer_input_gate, hidden_states)
+            assert per_layer_input is not None
             gate = gate_times_up(activation, layer.act_fn, gate, per_layer_input)
             projected = project_one(lora, layer.per_layer_projection, gate)
             return add_normed(norms, layer.post_per_layer_input_norm, projected, hidden_states, layer.layer_scalar)

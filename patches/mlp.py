@@ -62,14 +62,14 @@ def make_mlp(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., 
         elif lora.active:
             try:
                 if activation.active and is_gelu_tanh(self.act_fn):
-                    whole = projections.read((self.gate_proj, self.up_proj, self.down_proj), x)
-                    y = lora_mlp(x, *whole, projections.autocast_dtype(x))
+                    gate, up, down = projections.read((self.gate_proj, self.up_proj, self.down_proj), x)
+                    y = lora_mlp(x, gate, up, down, projections.autocast_dtype(x))
                     lora.fast()
                     activation.fast()
-                    return projections.as_output(y, whole[2], x)
-                gate, up = projections.project([self.gate_proj, self.up_proj], x)
+                    return projections.as_output(y, down, x)
+                halves = projections.project([self.gate_proj, self.up_proj], x)
                 lora.fast()
-                h = gate_times_up(activation, self.act_fn, gate, up)
+                h = gate_times_up(activation, self.act_fn, *halves)
                 return project_one(lora, self.down_proj, h)
             except projections.Unsupported as unsupported:
                 lora.fallback(str(unsupported))

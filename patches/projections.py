@@ -64,12 +64,12 @@ def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
 
 
 @functools.cache
-def _is_4bit(kind: type) -> bool:
+def _is_4bit(kind: Any) -> bool:
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 @functools.cache
-def _is_lora(kind: type) -> bool:
+def _is_lora(kind: Any) -> bool:
     return kind.__name__ in ("Linear", "Linear4bit") and kind.__module__.startswith("peft.")
 
 
@@ -81,9 +81,9 @@ def _base_weight(layer: nn.Module, x: torch.Tensor, autocast: torch.dtype | None
         raise Unsupported("hooks on a linear layer")
     if layer._parameters.get("bias") is not None:
         raise Unsupported("linear layer with a bias")
-    kind = type(layer)
+    kind: Any = type(layer)
     if kind is nn.Linear:
-        weight = layer._parameters.get("weight", layer.weight)
+        weight: Any = layer._parameters.get("weight", layer.weight)
         if not plain(weight):
             raise Unsupported(f"weight of type {type(weight).__name__}")
         if autocast is None and weight.dtype != x.dtype:
@@ -104,8 +104,9 @@ def _read(layer: Any, x: torch.Tensor, autocast: torch.dtype | None) -> Projecti
         return Projection(_base_weight(layer, x, autocast))
     if hooked(layer):
         raise Unsupported("hooks on a linear layer")
-    if not _is_lora(type(layer)):
-        raise Unsupported(f"adapter of type {type(layer).__name__}")
+    kind: Any = type(layer)
+    if not _is_lora(kind):
+        raise Unsupported(f"adapter of type {kind.__name__}")
     if getattr(layer, "fan_in_fan_out", False):
         raise Unsupported("fan_in_fan_out")
     weight = _base_weight(modules["base_layer"], x, autocast)

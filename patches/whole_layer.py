@@ -23,14 +23,15 @@ from fastgemma.patches.projections import Unsupported
 
 
 @functools.cache
-def _is_stock(kind: type) -> bool:
+def _is_stock(kind: Any) -> bool:
     """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""
     return kind.__module__.startswith("transformers.models.gemma4")
 
 
 def _part(layer: nn.Module, name: str) -> Any:
-    module = layer._modules.get(name)
-    if module is None or not _is_stock(type(module)) or hooked(module):
+    module: Any = layer._modules.get(name)
+    kind: Any = type(module)
+    if not _is_stock(kind) or hooked(module):
         raise Unsupported(f"{name} does more than stock's")
     return module
 
@@ -75,8 +76,6 @@ def before_attention(
     norm = _norm(layer, "input_layernorm", hidden_states)
     linears = qkv_layers(attention)
     q_norm, k_norm = attention.q_norm, None if len(linears) == 1 else attention.k_norm
-    if k_norm is not None and not (k_norm.eps == attention.v_norm.eps == q_norm.eps):
-        raise Unsupported("norms with different eps")
     residual, *qkv = pre_attention(
         hidden_states,
         norm.weight,

@@ -14,7 +14,13 @@ from kernel_checks import Dispatched, few_examples, record_launches, same_bits, 
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.nf4 as module
 from fastgemma.kernels.backend import interpreting
-from fastgemma.kernels.nf4 import NestedScales, NF4Weight, dequantize_nf4, dequantize_nf4_reference
+from fastgemma.kernels.nf4 import (
+    NestedScales,
+    NF4Weight,
+    dequantize_nf4,
+    dequantize_nf4_reference,
+    dequantize_nf4_stack,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CODE = torch.linspace(-1.0, 1.0, 16)
@@ -105,6 +111,29 @@ def test_into_a_reused_buffer_of_any_dtype(dtype, device):
     assert_equal_bits(out, dense.to(dtype))
     other, weight = quantize((33, 128), device, torch.float32)
     assert_equal_bits(dequantize_nf4(weight, out), other.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("heights", [(64, 7), (129, 1, 33), (1, 1, 1), (3, 5, 7, 9), (4,), (0, 8)], ids=str)
+def test_a_stack_is_its_weights(heights, nested, dtype, device, monkeypatch):
+    weights = [quantize((rows, 192), device, torch.float32, nested=nested)[1] for rows in heights if rows]
+    for position in [index for index, rows in enumerate(heights) if not rows]:
+        empty = dataclasses.replace(weights[0], packed=weights[0].packed[:0], shape=torch.Size((0, 192)))
+        weights.insert(position, empty)
+    expected = torch.cat([dequantize_nf4(w, torch.empty(w.shape, dtype=dtype, device=device)) for w in weights])
+    log = record_launches(monkeypatch, module)
+    for _ in range(2):  # worked out, and remembered
+        assert same_bits(dequantize_nf4_stack(weights, dtype), expected)
+    assert len(log) == (2 if 2 <= len(heights) <= 3 else 2 * len(heights))
+
+
+def test_a_stack_of_unlike_weights(device):
+    """Another block size, and scales that are not nested: one launch does not do."""
+    weights = [quantize((32, 128), device, torch.float32, blocksize, nested)[1]
+               for blocksize, nested in ((64, True), (128, True), (64, False))]  # fmt: skip
+    expected = torch.cat([dequantize_nf4(weight) for weight in weights])
+    assert same_bits(dequantize_nf4_stack(weights, torch.float32), expected)
 
 
 def test_one_launch_and_nothing_written(device, monkeypatch):

@@ -148,7 +148,7 @@ def operations(dtype: torch.dtype = torch.bfloat16) -> None:
     """Every operation once, forward and backward, on the published shapes with few tokens."""
     from fastgemma.kernels.geglu import geglu
     from fastgemma.kernels.linear_cross_entropy import linear_cross_entropy
-    from fastgemma.kernels.nf4 import NestedScales, NF4Weight, dequantize_nf4
+    from fastgemma.kernels.nf4 import NestedScales, NF4Weight, dequantize_nf4, dequantize_nf4_stack
     from fastgemma.kernels.qk_norm_rope import qk_norm_rope
     from fastgemma.kernels.rms_norm import rms_norm, rms_norm_residual
 
@@ -183,7 +183,9 @@ def operations(dtype: torch.dtype = torch.bfloat16) -> None:
         scales = NestedScales(torch.ones(1), torch.ones(256), torch.zeros(()), 256) if nested else None
         absmax = torch.ones(64, dtype=torch.uint8 if nested else torch.float32)
         packed = torch.zeros(2048, 1, dtype=torch.uint8)
-        dequantize_nf4(NF4Weight(packed, absmax, torch.ones(16), torch.Size((64, 64)), dtype, 64, scales))
+        weight = NF4Weight(packed, absmax, torch.ones(16), torch.Size((64, 64)), dtype, 64, scales)
+        dequantize_nf4(weight)
+        dequantize_nf4_stack([weight, weight, weight], dtype)
     labels = torch.zeros(16, dtype=torch.int64)
     head = torch.zeros(262144, 8, dtype=dtype)
     linear_cross_entropy(rand(16, 8), head, labels, softcap=30.0).backward()
