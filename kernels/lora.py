@@ -143,8 +143,10 @@ class Projections:
         index = group.members[0]
         rate, mask = self.projections[index].dropout, self.masks[index]
         if rate:
-            # PEFT drops before autocast casts, and after its own cast to the adapter's dtype.
-            x = x if self.autocast is not None else x.to(group.A.dtype)
+            # A GPU draws another mask for another dtype. PEFT draws after its own cast to the adapter's dtype, which it
+            # leaves out for 4-bit weights under autocast, and before autocast's.
+            if self.autocast is None or isinstance(self.projections[index].weight, torch.Tensor):
+                x = x.to(self._adapter(index).A.dtype)
             if mask is None:
                 x, self.masks[index] = torch.native_dropout(x, rate, True)
             else:

@@ -191,6 +191,9 @@ def test_dropout_draws_torchs_masks(fn, ref, dims, base, adapter_dtype, device):
     """Seed for seed what torch's own dropout draws, projection by projection, in PEFT's order."""
     inputs = make(device, dims, base=base, adapter_dtype=adapter_dtype)
     grads = make_grads(inputs) if ref is reference else mlp_grad(inputs)
+    with torch.no_grad():  # small enough for float16 to hold what comes of it
+        for grad in grads:
+            grad *= 0.01
     actual = evaluate(seeded(fn), inputs, grads)
     expected = evaluate(seeded(lambda x, **t: ref(x, dropout=0.3, **t)), inputs, grads)
     budget = 1e-5 if adapter_dtype is None else 5e-3

@@ -47,6 +47,7 @@ def make(
     adapted: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
     shape: tuple[int, int] = (2, 13),
     adapter_dtype: torch.dtype | None = None,
+    rank: int = 2,
     **options: Any,
 ) -> Inputs:
     """attended, residual, per_layer_input, norm weights, and W{i}, A{i}, B{i} of each projection."""
@@ -67,8 +68,8 @@ def make(
             inputs[f"W{i}"] = weight.requires_grad_(base == "trained")
         if i in adapted:
             kind = adapter_dtype or dtype
-            inputs[f"A{i}"] = (fresh(2, n_in, device=device, dtype=kind, grad=False) / n_in**0.5).requires_grad_()
-            inputs[f"B{i}"] = fresh(n_out, 2, device=device, dtype=kind)
+            inputs[f"A{i}"] = (fresh(rank, n_in, device=device, dtype=kind, grad=False) / n_in**0.5).requires_grad_()
+            inputs[f"B{i}"] = fresh(n_out, rank, device=device, dtype=kind)
     return inputs
 
 
@@ -169,7 +170,7 @@ def test_dropout(per_layer, device):
 def test_half_precision_is_no_worse_than_stock(per_layer, dtype, adapter_dtype, device):
     actual, stock, truth = [], [], []
     for _ in range(5):
-        inputs = make(device, per_layer, dtype, base="frozen", shape=(2, 64), adapter_dtype=adapter_dtype)
+        inputs = make(device, per_layer, dtype, base="frozen", shape=(2, 96), adapter_dtype=adapter_dtype, rank=16)
         grads = make_grads(inputs)
         actual.append(evaluate(call(post_attention), inputs, grads))
         stock.append(evaluate(call(rounding_as_stock), inputs, grads))

@@ -15,7 +15,8 @@ from fastgemma.kernels.geglu import geglu
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.kernels.rms_norm import rms_norm
 from fastgemma.kernels.linear_cross_entropy import linear_cross_entropy
-from fastgemma.kernels.lora import Adapter, Projection, lora_mlp
+from fastgemma.kernels.lora import Adapter, Projection
+from fastgemma.kernels.lora_mlp import lora_mlp
 x = torch.randn(4, 16, requires_grad=True)
 projection = Projection(torch.randn(16, 16), Adapter(torch.randn(2, 16), torch.randn(16, 2), 1.0))
 head = torch.randn(32, 16)

@@ -57,29 +57,28 @@ class Run:
 def curve(tmp_path: Path, seed: int, run: Run, steps: int = STEPS, **overrides: int) -> torch.Tensor:
     """The loss at each step of a TRL run."""
     model = structures.build("e2b", attn_implementation=run.attention, seed=seed, **overrides).to(run.dtype)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=steps,
-            per_device_train_batch_size=4,
-            learning_rate=2e-3,
-            logging_steps=1,
-            bf16=run.dtype == torch.bfloat16,
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=texts(seed),
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(r=8, lora_dropout=run.dropout, target_modules="all-linear"),
-    )
     before = fastgemma.status()["cross_entropy"].fast_calls
     with fastgemma.patched() if run.patched else contextlib.nullcontext():
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=str(tmp_path),
+                max_steps=steps,
+                per_device_train_batch_size=4,
+                learning_rate=2e-3,
+                logging_steps=1,
+                bf16=run.dtype == torch.bfloat16,
+                seed=seed,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=texts(seed),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(r=8, lora_dropout=run.dropout, target_modules="all-linear"),
+        )
         trainer.train()
-    if run.patched:
-        assert fastgemma.status()["cross_entropy"].fast_calls >= before + steps
+    assert not run.patched or fastgemma.status()["cross_entropy"].fast_calls >= before + steps
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == steps
     return torch.tensor(losses, dtype=torch.float64)
