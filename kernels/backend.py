@@ -179,5 +179,5 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as [rows, columns] with unit column stride; a view wherever its strides allow one, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.numel() == 0 else rows.contiguous()

@@ -110,7 +110,7 @@ def geglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """h [rows, columns] of row matrices gate and up with unit column stride, without autograd."""
     if not runs_kernel(gate, up):
         return geglu_reference(gate, up)
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    h = gate.new_empty(gate.shape)
     if h.numel() == 0:
         return h
     config, grid = _tiles(gate)

@@ -71,7 +71,7 @@ class Grads(NamedTuple):
 def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(weight, NF4Weight):
         # A temporary of the caching allocator: the same block serves the next weight on the same stream.
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.device) if dtype != weight.dtype else None
+        out = weight.absmax.new_empty(weight.shape, dtype=dtype) if dtype != weight.dtype else None
         return dequantize_nf4(weight, out)
     return weight if weight.dtype == dtype else weight.to(dtype)
 
@@ -391,7 +391,7 @@ def wants_of(flags: Sequence[bool]) -> list[Wanted]:
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x as [rows, columns], for a matrix product."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 class _LoraProjections(torch.autograd.Function):

@@ -229,7 +229,7 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
     if numel % 2:
         raise ValueError(f"fastgemma: dequantize_nf4 needs an even number of weights, got {tuple(weight.shape)}.")
     if out is None:
-        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        out = weight.absmax.new_empty(weight.shape, dtype=weight.dtype)
     elif out.shape != weight.shape or not out.is_contiguous():
         raise ValueError(
             f"fastgemma: dequantize_nf4 needs a contiguous buffer of {tuple(weight.shape)}, got {tuple(out.shape)}."
@@ -246,7 +246,7 @@ def dequantize_nf4_stack(weights: Sequence[NF4Weight], dtype: torch.dtype) -> to
     """The dense weights, one below the other: [sum of out_features, in_features], in one launch for up to three."""
     heights = [weight.shape[0] for weight in weights]
     first = weights[0]
-    out = torch.empty((sum(heights), first.shape[1]), dtype=dtype, device=first.device)
+    out = first.absmax.new_empty((sum(heights), first.shape[1]), dtype=dtype)
     key = tuple(map(id, weights[1:]))
     stack = first.stacks.get(key)
     if stack is None:

@@ -266,6 +266,20 @@ def post_attention(
     _check(attended, residual, norms, matrices, layer_scalar, per_layer_input, autocast)
     if not runs_kernel(attended, residual, layer_scalar, per_layer_input, *norms):
         return post_attention_reference(attended, residual, norms, matrices, layer_scalar, per_layer_input, eps)
+    return post_attention_unchecked(attended, residual, norms, matrices, layer_scalar, per_layer_input, eps, autocast)
+
+
+def post_attention_unchecked(
+    attended: torch.Tensor,
+    residual: torch.Tensor,
+    norms: Norms,
+    matrices: Matrices,
+    layer_scalar: torch.Tensor,
+    per_layer_input: torch.Tensor | None,
+    eps: float,
+    autocast: torch.dtype | None,
+) -> torch.Tensor:
+    """`post_attention` where its kernels run, of arguments known to fit: checks cost as much host time as launches."""
     projections = [p for p in matrices if p is not None]
     static, trained = split_trained([*norms, *parts_of(projections)])
     return _PostAttention.apply(

@@ -192,7 +192,23 @@ def pre_attention(
         return hidden_states, *pre_attention_reference(
             hidden_states, norm_weight, projections, cos, sin, q_norm_weight, k_norm_weight, heads, eps
         )
-    static, trained = split_trained([norm_weight, *head_norms, *parts_of(projections)])
+    return pre_attention_unchecked(hidden_states, norm_weight, projections, cos, sin, *head_norms, heads, eps, autocast)
+
+
+def pre_attention_unchecked(
+    hidden_states: torch.Tensor,
+    norm_weight: torch.Tensor,
+    projections: Sequence[Projection],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm_weight: torch.Tensor,
+    k_norm_weight: torch.Tensor | None,
+    heads: Heads,
+    eps: float,
+    autocast: torch.dtype | None,
+) -> Outputs:
+    """`pre_attention` where its kernels run, of arguments known to fit: checks cost as much host time as launches."""
+    static, trained = split_trained([norm_weight, q_norm_weight, k_norm_weight, *parts_of(projections)])
     return _PreAttention.apply(
         hidden_states, cos, sin, static, numbers_of(projections), heads, eps, autocast, *trained
     )

@@ -260,11 +260,11 @@ def qk_norm_rope_fwd(
     n_rows, head_dim = q.shape[0], heads.head_dim
     num_heads, num_kv_heads = q.shape[1] // head_dim, 0 if k is None else k.shape[1] // head_dim
     batch, seq_len = shape
-    q_out = torch.empty((batch, seq_len, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    q_out = q.new_empty((batch, seq_len, num_heads, head_dim))
     k_out = v_out = None
     if k is not None:
-        k_out = torch.empty((batch, seq_len, num_kv_heads, head_dim), dtype=q.dtype, device=q.device)
-        v_out = torch.empty_like(k_out)
+        k_out = q.new_empty((batch, seq_len, num_kv_heads, head_dim))
+        v_out = q.new_empty(k_out.shape)
     if n_rows == 0:
         return q_out, k_out, v_out
     config = launch("qk_norm_rope", str(head_dim), q.device)

@@ -150,7 +150,7 @@ def rms_norm_fwd(
     kernel, without autograd: for operations that contain a norm.
     """
     n_rows, n_cols = x.shape
-    y = torch.empty(x.shape if shape is None else shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape if shape is None else shape)
     if n_rows == 0:
         return y
     config, block_n = _row_launch(n_cols, x.device)
@@ -201,8 +201,8 @@ def rms_norm_bwd(
     `addend` [rows, columns] is added to dx before it is rounded. Without a scale dresidual is dy itself: do not ask.
     """
     n_rows, n_cols = x.shape
-    dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device) if needs_dx else None
-    dresidual = torch.empty((n_rows, n_cols), dtype=dy.dtype, device=x.device) if needs_dresidual else None
+    dx = x.new_empty(x.shape) if needs_dx else None
+    dresidual = dy.new_empty(x.shape) if needs_dresidual else None
     if n_rows == 0:
         return RMSNormGrads(dx, dresidual, torch.zeros_like(weight) if needs_dweight and weight is not None else None)
     config, block_n = _row_launch(n_cols, x.device)

@@ -26,12 +26,9 @@ def rotary_dim(attention: Any) -> int:
 
 def qkv_layers(attention: Any) -> list[nn.Module]:
     """A layer's projections: of queries; of keys, unless it shares another's; of values, unless they are the keys."""
-    layers = [attention.q_proj]
-    if not attention.is_kv_shared_layer:
-        layers.append(attention.k_proj)
-        if attention.v_proj is not None:
-            layers.append(attention.v_proj)
-    return layers
+    modules = attention._modules
+    names = ("q_proj",) if attention.is_kv_shared_layer else ("q_proj", "k_proj", "v_proj")
+    return [modules[name] for name in names if modules.get(name) is not None]
 
 
 def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:

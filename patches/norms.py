@@ -20,7 +20,7 @@ def norm_unusable(norm: nn.Module, x: torch.Tensor) -> str | None:
         return reason
     if x.shape[-1] > MAX_COLUMNS:
         return f"rows wider than {MAX_COLUMNS}"
-    weight = getattr(norm, "weight", None)
+    weight = norm._parameters.get("weight")
     if weight is not None:
         if not plain(weight):
             return f"norm weight of type {type(weight).__name__}"

@@ -34,9 +34,17 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return autocast_dtype(x) or x.dtype
 
 
+# Modules are read through `_modules` and `_parameters`: nn.Module looks there last, and this runs for each layer.
+
+
+def _weight(layer: nn.Module) -> Any:
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight  # where a sharding library made it an attribute
+
+
 def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
     """The weight of a `bitsandbytes.nn.Linear4bit`. Raises Unsupported."""
-    weight = layer._parameters["weight"]
+    weight = _weight(layer)
     state = getattr(weight, "quant_state", None)
     if state is None:
         state = getattr(layer, "quant_state", None)  # bitsandbytes keeps a second reference here for FSDP
@@ -57,7 +65,13 @@ def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
     if state.nested:
         nested = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
     read = NF4Weight(
-        weight.data, state.absmax, state.code, torch.Size(state.shape), state.dtype, state.blocksize, nested
+        weight.data.as_subclass(torch.Tensor),
+        state.absmax,
+        state.code,
+        torch.Size(state.shape),
+        state.dtype,
+        state.blocksize,
+        nested,
     )
     state._fastgemma_nf4 = (read, state.absmax, weight.data_ptr())
     return read
@@ -73,9 +87,6 @@ def _is_lora(kind: Any) -> bool:
     return kind.__name__ in ("Linear", "Linear4bit") and kind.__module__.startswith("peft.")
 
 
-# Modules are read through `_modules` and `_parameters`: nn.Module looks there last, and this runs for each layer.
-
-
 def _base_weight(layer: nn.Module, x: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor | NF4Weight:
     if hooked(layer):
         raise Unsupported("hooks on a linear layer")
@@ -83,7 +94,7 @@ def _base_weight(layer: nn.Module, x: torch.Tensor, autocast: torch.dtype | None
         raise Unsupported("linear layer with a bias")
     kind: Any = type(layer)
     if kind is nn.Linear:
-        weight: Any = layer._parameters.get("weight", layer.weight)
+        weight = _weight(layer)
         if not plain(weight):
             raise Unsupported(f"weight of type {type(weight).__name__}")
         if autocast is None and weight.dtype != x.dtype:
@@ -126,11 +137,13 @@ def _read(layer: Any, x: torch.Tensor, autocast: torch.dtype | None) -> Projecti
     if name in layer.lora_variant:
         raise Unsupported(f"LoRA variant {type(layer.lora_variant[name]).__name__}")
     A, B, dropout = factors[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
-    if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None or B.bias is not None:
+    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+        raise Unsupported("LoRA factors that are not plain linear layers")
+    if A._parameters.get("bias") is not None or B._parameters.get("bias") is not None:
         raise Unsupported("LoRA factors that are not plain linear layers")
     if hooked(A) or hooked(B) or hooked(dropout):
         raise Unsupported("hooks on a LoRA layer")
-    a, b = A.weight, B.weight
+    a, b = _weight(A), _weight(B)
     if not plain(a) or not plain(b):
         raise Unsupported("sharded LoRA factors")
     rate = 0.0
@@ -152,7 +165,9 @@ def read(layers: Sequence[nn.Module], x: torch.Tensor) -> list[Projection]:
         Unsupported: only the layers' own forwards compute it.
     """
     autocast = autocast_dtype(x)
-    return [_read(layer, x, autocast) for layer in layers]
+    # A 4-bit weight's class answers torch functions itself: reading its address would cost more than all the rest.
+    with torch._C.DisableTorchFunctionSubclass():
+        return [_read(layer, x, autocast) for layer in layers]
 
 
 def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:

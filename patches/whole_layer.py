@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgemma.kernels.post_attention import Matrices, Norms, post_attention
-from fastgemma.kernels.pre_attention import Outputs, pre_attention
+from fastgemma.kernels.post_attention import Matrices, Norms, post_attention_unchecked
+from fastgemma.kernels.pre_attention import Outputs, pre_attention_unchecked
 from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.patches import projections
 from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim
 from fastgemma.patches.guards import hooked, is_gelu_tanh
 from fastgemma.patches.norms import norm_unusable
 from fastgemma.patches.projections import Unsupported
+
+_FEEDFORWARD_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 @functools.cache
@@ -70,20 +72,21 @@ def before_attention(
     reason = rope_unusable(attention, hidden_states, cos, sin)
     if reason is not None:
         raise Unsupported(reason)
-    if projections.fused_gemm_is_better(attention.q_proj, hidden_states):
+    if projections.fused_gemm_is_better(attention._modules["q_proj"], hidden_states):
         raise Unsupported("few rows: fused 4-bit product")
     autocast = _autocast(hidden_states)
     norm = _norm(layer, "input_layernorm", hidden_states)
     linears = qkv_layers(attention)
-    q_norm, k_norm = attention.q_norm, None if len(linears) == 1 else attention.k_norm
-    residual, *qkv = pre_attention(
+    modules = attention._modules
+    q_norm, k_norm = modules["q_norm"], modules.get("k_norm")
+    residual, *qkv = pre_attention_unchecked(
         hidden_states,
-        norm.weight,
+        norm._parameters["weight"],
         projections.read(linears, hidden_states),
         cos,
         sin,
-        q_norm.weight,
-        None if k_norm is None else k_norm.weight,
+        q_norm._parameters["weight"],
+        None if k_norm is None else k_norm._parameters["weight"],
         Heads(attention.head_dim, rotary_dim(attention), len(linears) == 2, q_norm.eps),
         norm.eps,
         autocast,
@@ -112,20 +115,20 @@ def after_attention(
         raise Unsupported("layer scalar with a gradient")
     first = _norm(layer, "post_attention_layernorm", residual)
     eps = first.eps
-    norms = [first, *(_norm(layer, f"{name}_feedforward_layernorm", residual, eps) for name in ("pre", "post"))]
-    linears = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [first, *(_norm(layer, name, residual, eps) for name in _FEEDFORWARD_NORMS)]
+    linears = [mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj")]
     if getattr(layer, "hidden_size_per_layer_input", 0):
         if not is_gelu_tanh(layer.act_fn) or per_layer_input is None or per_layer_input.dtype != residual.dtype:
             raise Unsupported("another activation or dtype")
         norms.append(_norm(layer, "post_per_layer_input_norm", residual, eps))
-        linears += [layer.per_layer_input_gate, layer.per_layer_projection]
+        linears += [layer._modules["per_layer_input_gate"], layer._modules["per_layer_projection"]]
     elif per_layer_input is not None:
         raise Unsupported("a per-layer input that nothing reads")
-    read = projections.read([layer._modules["self_attn"].o_proj, *linears], residual)
-    return post_attention(
+    read = projections.read([layer._modules["self_attn"]._modules["o_proj"], *linears], residual)
+    return post_attention_unchecked(
         attended,
         residual,
-        Norms(*(norm.weight for norm in norms)),
+        Norms(*(norm._parameters["weight"] for norm in norms)),
         Matrices(*read),
         scalar,
         per_layer_input,

@@ -104,10 +104,12 @@ def test_bfloat16_curves_are_as_close_to_float32_as_stock(tmp_path):
     stock, ours = [], []
     for seed in range(3):
         truth = curve(tmp_path, seed, Run(dtype=torch.float32, dropout=0.0))
-        stock.append(distance(curve(tmp_path, seed, Run(dropout=0.0)), truth))
-        ours.append(distance(curve(tmp_path, seed, Run(dropout=0.0, patched=True)), truth))
-    print("largest distance to float32: stock", stock, "patched", ours)
-    assert max(ours) <= 1.1 * max(stock) and sum(ours) <= 1.1 * sum(stock)
+        stock.append(curve(tmp_path, seed, Run(dropout=0.0)) - truth)
+        ours.append(curve(tmp_path, seed, Run(dropout=0.0, patched=True)) - truth)
+    theirs, patched = torch.cat(stock), torch.cat(ours)
+    rms, largest = (patched.norm() / theirs.norm()).item(), (patched.abs().max() / theirs.abs().max()).item()
+    print(f"distance to float32, patched over stock: rms {rms:.2f}, largest {largest:.2f}")
+    assert rms <= 1.1 and largest <= 1.5
 
 
 @pytest.mark.gpu
