@@ -80,10 +80,13 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit measured, with "+local" if the package differs from it; `FASTGEMMA_COMMIT` where git cannot tell."""
+    """The commit measured, with "+local" if the package differs from it; `FASTGEMMA_COMMIT` where one was given, as for
+    a copy of a working tree whose git history stayed behind."""
+    if "FASTGEMMA_COMMIT" in os.environ:
+        return os.environ["FASTGEMMA_COMMIT"]
     commit = _run(["git", "rev-parse", "--short=12", "HEAD"])
     if commit is None:
-        return os.environ.get("FASTGEMMA_COMMIT", "unknown")
+        return "unknown"
     changed = _run(["git", "status", "--porcelain", "--", "fastgemma", "kernels", "patches"])
     return f"{commit}+local" if changed else commit
 

@@ -136,10 +136,11 @@ def train_step(found: list[Record]) -> str:
                     f"{base / own:.1f}x" if base and own else "-",
                     _number(record.get("tokens_per_s")),
                     _number(record.get("peak_allocated_gib"), 1),
-                    _number(record.get("loss"), 4),
+                    # Before any update: of the same weights and tokens, whatever was trained.
+                    _number(next(iter(record.get("losses", ())), None), 4),
                 ]
             )
-        head = ["Training step", "Implementation", "ms", "vs stock", "tokens/s", "peak GiB", "loss"]
+        head = ["Training step", "Implementation", "ms", "vs stock", "tokens/s", "peak GiB", "first loss"]
         return _table(head, rows)
 
     return _by_gpu(chosen, body)
