@@ -16,30 +16,32 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
-from fastgemma.kernels.lora import (
+from fastgemma.kernels._autograd import (
+    backward_without_autocast,
+    join_trained,
+    keep,
+    kept,
+    masks_of,
+    numbers_of,
+    parts_of,
+    projections_of,
+    split_trained,
+    trained_only,
+    wanted_of,
+    wants_of,
+)
+from fastgemma.kernels._lora_products import (
     Grads,
     Masks,
     Projection,
     Projections,
     Wanted,
-    backward_without_autocast,
     check_projections,
-    join_trained,
-    keep,
-    kept,
-    lora_linear_reference,
-    masks_of,
-    numbers_of,
-    parts_of,
-    projections_of,
     rows_of,
-    split_trained,
-    trained_only,
-    wanted_of,
-    wants_of,
     without_autocast,
 )
+from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
+from fastgemma.kernels.lora import lora_linear_reference
 
 
 def mlp_fwd(

@@ -20,19 +20,11 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import as_rows, runs_kernel
-from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
-from fastgemma.kernels.lora import (
-    Grads,
-    Projection,
-    Projections,
-    Wanted,
+from fastgemma.kernels._autograd import (
     backward_without_autocast,
-    check_projections,
     join_trained,
     keep,
     kept,
-    lora_linear_reference,
     masks_of,
     numbers_of,
     parts_of,
@@ -41,8 +33,18 @@ from fastgemma.kernels.lora import (
     trained_only,
     wanted_of,
     wants_of,
+)
+from fastgemma.kernels._lora_products import (
+    Grads,
+    Projection,
+    Projections,
+    Wanted,
+    check_projections,
     without_autocast,
 )
+from fastgemma.kernels.backend import as_rows, runs_kernel
+from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
+from fastgemma.kernels.lora import lora_linear_reference
 from fastgemma.kernels.lora_mlp import check_mlp, lora_mlp_reference, mlp_bwd, mlp_fwd
 from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference, rms_norm_residual_reference
 

@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgemma.kernels.backend import as_rows, runs_kernel
-from fastgemma.kernels.lora import (
-    Projection,
-    Projections,
+from fastgemma.kernels._autograd import (
     backward_without_autocast,
-    check_projections,
     join_trained,
     keep,
     kept,
-    lora_linear_reference,
     masks_of,
     numbers_of,
     parts_of,
@@ -38,14 +33,20 @@ from fastgemma.kernels.lora import (
     trained_only,
     wanted_of,
     wants_of,
+)
+from fastgemma.kernels._lora_products import (
+    Projection,
+    Projections,
+    check_projections,
     without_autocast,
 )
+from fastgemma.kernels.backend import as_rows, runs_kernel
+from fastgemma.kernels.lora import lora_linear_reference
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope_reference
 from fastgemma.kernels.qk_norm_rope_launch import Angles, Heads, qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
 
 
 def _qkv(columns: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor | None]:
@@ -209,9 +210,7 @@ def pre_attention_unchecked(
 ) -> Outputs:
     """`pre_attention` where its kernels run, of arguments known to fit: checks cost as much host time as launches."""
     static, trained = split_trained([norm_weight, q_norm_weight, k_norm_weight, *parts_of(projections)])
-    return _PreAttention.apply(
-        hidden_states, cos, sin, static, numbers_of(projections), heads, eps, autocast, *trained
-    )
+    return _PreAttention.apply(hidden_states, cos, sin, static, numbers_of(projections), heads, eps, autocast, *trained)
 
 
 def pre_attention_reference(

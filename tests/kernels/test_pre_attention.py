@@ -27,7 +27,8 @@ from kernel_checks import (
 from fastgemma.kernels import backend, qk_norm_rope_launch, rms_norm
 from fastgemma.kernels import nf4 as nf4_module
 from fastgemma.kernels import pre_attention as module
-from fastgemma.kernels.lora import Adapter, Projection, Projections, lora_linear_reference
+from fastgemma.kernels._lora_products import Projections
+from fastgemma.kernels.lora import Adapter, Projection, lora_linear_reference
 from fastgemma.kernels.pre_attention import pre_attention, pre_attention_reference
 from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.kernels.rms_norm import rms_norm_reference
