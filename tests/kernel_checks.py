@@ -272,6 +272,9 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> li
     return log
 
 
+_ALLOCATING = ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "clone", "_to_copy")
+
+
 class Dispatched(TorchDispatchMode):
     """Shapes of the tensors that torch allocates (empty ones left out), and the number of its matrix products."""
 
@@ -283,7 +286,7 @@ class Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if name in ("empty", "empty_like", "zeros", "zeros_like", "clone", "_to_copy") and result.numel():
+        if name in _ALLOCATING and result.numel():
             self.allocated.append(tuple(result.shape))
         self.matmuls += name in ("mm", "addmm", "bmm", "matmul")
         return result
