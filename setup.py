@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-TRAIN = ["trl>=1.15", "bitsandbytes>=0.48", "accelerate>=1.10", "datasets>=3.0"]
+TRAIN = ["trl>=1.15", "bitsandbytes>=0.50", "accelerate>=1.10", "datasets>=4.7"]
 
 setup(
     name="fastgemma",

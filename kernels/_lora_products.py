@@ -86,8 +86,10 @@ class _Group(NamedTuple):
 
 
 class Projections:
-    """Projections of one input, on row matrices and without autograd: for the operations of this file, and for larger
-    ones that contain them. `autocast` is the dtype of an enclosing autocast region, else None."""
+    """Projections of one input: their outputs, and what their forward and backward share.
+
+    `autocast` is the dtype of an enclosing autocast region, else None; `masks` are those that the forward drew.
+    """
 
     def __init__(self, projections: Sequence[Projection], autocast: torch.dtype | None, masks: Masks | None = None):
         self.projections = projections
