@@ -142,7 +142,8 @@ def _tiny_text(fields: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": 4096,
     }
     if fields["hidden_size_per_layer_input"]:
-        small["hidden_size_per_layer_input"] = 16
+        # A whole 4-bit block to a row, as every published width has: bitsandbytes' code for some CPUs relies on it.
+        small["hidden_size_per_layer_input"] = 64
     if fields.get("num_global_key_value_heads"):
         small["num_global_key_value_heads"] = 1
     if fields.get("enable_moe_block"):
