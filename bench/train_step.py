@@ -161,7 +161,7 @@ def kernel_group(name: str) -> str:
 
 
 def profile_steps(step: Callable[[], Any], count: int, step_ms: float) -> dict[str, Any]:
-    """GPU milliseconds per step by group of kernels, kernel launches, and the longest kernels.
+    """GPU milliseconds per step by group of kernels, kernel launches and their host time, and the longest kernels.
 
     Idle time is the unprofiled step less the time in which the GPU was busy: the profiler slows the CPU down, and
     would otherwise be measured itself.
@@ -180,7 +180,7 @@ def profile_steps(step: Callable[[], Any], count: int, step_ms: float) -> dict[s
     by_group: dict[str, float] = defaultdict(float)
     by_kernel: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
-    launches = 0
+    launches, launching = 0, 0.0
     for event in events:
         category, name = event.get("cat"), event.get("name", "")
         if category in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -190,6 +190,7 @@ def profile_steps(step: Callable[[], Any], count: int, step_ms: float) -> dict[s
             calls[name] += 1
         elif category in ("cuda_runtime", "cuda_driver") and "Launch" in name:
             launches += 1
+            launching += event.get("dur", 0.0)
 
     def per_step(microseconds: float) -> float:
         return round(microseconds / count / 1000, 3)
@@ -202,6 +203,8 @@ def profile_steps(step: Callable[[], Any], count: int, step_ms: float) -> dict[s
         "gpu_ms": groups | {"idle": round(max(0.0, step_ms - busy), 3)},
         "kernels_per_step": round(sum(calls.values()) / count),
         "launches_per_step": round(launches / count),
+        # The driver's share of the host's time; the rest of a step that waits for the host is Python and dispatch.
+        "launching_ms": per_step(launching),
         "longest_kernels": [
             {"name": name[:160], "ms": per_step(us), "calls": round(calls[name] / count, 1)} for name, us in longest
         ],
@@ -211,7 +214,10 @@ def profile_steps(step: Callable[[], Any], count: int, step_ms: float) -> dict[s
 def print_profile(profile: dict[str, Any]) -> None:
     for group, ms in profile["gpu_ms"].items():
         print(f"  {group:18s} {ms:9.2f} ms")
-    print(f"  {profile['launches_per_step']} launches, {profile['kernels_per_step']} kernels and copies a step")
+    print(
+        f"  {profile['launches_per_step']} launches that took the host {profile['launching_ms']} ms, "
+        f"{profile['kernels_per_step']} kernels and copies a step"
+    )
     for kernel in profile["longest_kernels"]:
         print(f"  {kernel['ms']:9.2f} ms {kernel['calls']:8.1f}x  {kernel['name'][:110]}")
 
