@@ -142,6 +142,7 @@ def test_layouts_of_inputs_and_of_the_gradient(layout, device):
     check(inputs, make_grads(inputs, layout))
 
 
+@pytest.mark.slow
 @both
 def test_every_gradient_alone(per_layer, device):
     inputs = make(device, per_layer, base="trained", norms=True)

@@ -61,7 +61,7 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert relative_error(actual[name], value) <= FLOAT32_BUDGET, name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("name", structures.STRUCTURES)
 def test_every_layer_that_can_runs_whole(name: str, dropout: float, ran: Counter[str]) -> None:
     model = adapted(name, lora_dropout=dropout)
@@ -114,13 +114,18 @@ def _other_dropout(layer: Any) -> None:
     ("change", "pre", "post"),
     [
         (_hook_attention, 0, 0),
-        (_hook_norm, 1, 0),
         (_hook_mlp, 1, 0),
-        (_train_scalar, 1, 0),
-        (_subclass_mlp, 1, 0),
-        (_other_eps, 1, 0),
-        (_other_eps_of_keys, 0, 0),
-        (_other_dropout, 1, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (_hook_norm, 1, 0),
+                (_train_scalar, 1, 0),
+                (_subclass_mlp, 1, 0),
+                (_other_eps, 1, 0),
+                (_other_eps_of_keys, 0, 0),
+                (_other_dropout, 1, 0),
+            )
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", "").strip("_"),
 )
@@ -178,6 +183,7 @@ def test_parameters_written_between_forward_and_backward_are_noticed() -> None:
             loss.backward()
 
 
+@pytest.mark.slow
 def test_backward_twice_and_one_gradient_alone() -> None:
     model = adapted("e4b")
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -89,6 +89,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().max().item()
 
 
+@pytest.mark.slow
 def test_float32_curves_are_one(tmp_path):
     """Without rounding to speak of, a patched run is the stock run, dropout masks included."""
     run = Run(dtype=torch.float32)
