@@ -18,7 +18,7 @@ import torch.distributed as dist
 from memory_maps import Mapping, mapping_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Gemma4ForCausalLM
 
@@ -71,11 +71,19 @@ def data_parallel(model: Any) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
+def averaged(model: Any) -> nn.Module:
+    """Gradients summed, then divided: torch 2.8's gloo leaves the sum where FSDP asks it for the mean."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
 def sharded_by_layer(model: Any) -> nn.Module:
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return averaged(fully_shard(model, mesh=mesh))
 
 
 def sharded_within_layers(model: Any) -> nn.Module:
