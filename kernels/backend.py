@@ -46,7 +46,8 @@ class Kernel:
 
     Triton binds and classifies every argument again at each launch, which costs more host time than a small kernel
     takes on the GPU. Here a launch whose values and pointer alignments were seen before finds its compiled variant in
-    one look-up. Name every parameter in a launch, tensors `..._ptr`, compiler options last.
+    one look-up, and hands addresses to Triton's launcher, which would ask the driver about each tensor otherwise. Name
+    every parameter in a launch, compiler options last; pointers come first in the kernel's signature, as `..._ptr`.
     """
 
     def __init__(self, fn: Any) -> None:
@@ -69,11 +70,12 @@ class Kernel:
         names = tuple(kwargs)
         order = self._orders.get(names)
         if order is None:
-            # Pointers first, then the other parameters, then options.
-            by_kind = sorted(self._names, key=lambda name: not name.endswith("_ptr")) + list(names[len(self._names) :])
-            order = self._orders[names] = operator.itemgetter(*(names.index(name) for name in by_kind))
+            # The kernel's own order, then options.
+            ordered = (*self._names, *names[len(self._names) :])
+            order = self._orders[names] = operator.itemgetter(*map(names.index, ordered))
         values = order(tuple(kwargs.values()))
-        pointers = values[: self._n_pointers]
+        n_pointers = self._n_pointers
+        pointers = values[:n_pointers]
         first = pointers[0]
         if not first.is_cuda or torch.compiler.is_compiling():
             self.function[grid](**kwargs)
@@ -83,40 +85,62 @@ class Kernel:
             with torch.cuda.device(device):
                 self._launch(grid, **kwargs)
             return
-        addresses = 0
+        addresses = []
         dtypes = []
+        unaligned = 0
         for pointer in pointers:
-            addresses |= pointer.data_ptr()
+            if not pointer.is_cuda:
+                raise ValueError(f"fastgemma: {self.__name__} got a tensor on {pointer.device}; move it to the GPU.")
+            address = pointer.data_ptr()
+            unaligned |= address
+            addresses.append(address)
             dtypes.append(pointer.dtype)
-        aligned = True if addresses & 15 == 0 else tuple(pointer.data_ptr() & 15 == 0 for pointer in pointers)
-        key = (device, grid, aligned, *dtypes, *values[self._n_pointers :])
+        aligned = True if unaligned & 15 == 0 else tuple(address & 15 == 0 for address in addresses)
+        rest = values[n_pointers:]
+        key = (device, grid, aligned, *dtypes, *rest)
         launcher = self._launchers.get(key)
         if launcher is None:
-            launcher = self._find(grid, kwargs, key[:1] + key[2 : 3 + len(dtypes)])
+            launcher = self._find(grid, kwargs, rest, key[:1] + key[2 : 3 + n_pointers])
             if launcher is None:
                 return
             if len(self._launchers) >= _MAX_LAUNCHERS:  # sequence lengths that never come back
                 self._launchers.clear()
             self._launchers[key] = launcher
-        launcher(*[kwargs[name] for name in self._names])
+        launcher(device, *addresses, *rest[: len(self._names) - n_pointers])
 
-    def _find(self, grid: tuple[int, ...], kwargs: dict[str, Any], pointers: tuple[Any, ...]) -> Any:
+    def _find(
+        self, grid: tuple[int, ...], kwargs: dict[str, Any], rest: tuple[Any, ...], pointers: tuple[Any, ...]
+    ) -> Callable[..., None] | None:
         """What launches these values on this grid, or None where the first launch compiled, and so launched already."""
+        constants = self._is_constexpr[self._n_pointers :]
         variant = (
             pointers,
-            *(
-                kwargs[name] if constant else _specialisation(kwargs[name])
-                for name, constant in zip(self._names, self._is_constexpr)
-                if not name.endswith("_ptr")
-            ),
-            *list(kwargs.values())[len(self._names) :],
+            *(value if constant else _specialisation(value) for value, constant in zip(rest, constants)),
+            *rest[len(constants) :],
         )
         compiled = self._compiled.get(variant)
         if compiled is None:
             # What it returns launches itself from then on.
             self._compiled[variant] = self.function[grid](**kwargs)
             return None
-        return compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]]
+        return _launcher(compiled, grid if len(grid) == 3 else (*grid, 1, 1)[:3])
+
+
+def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """`compiled[grid]` without what it prepares for hooks, unless a profiler has set some."""
+    official = compiled[grid]  # also loads the kernel
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    runtime = triton.knobs.runtime
+    current_stream = torch._C._cuda_getCurrentRawStream
+
+    def start(device: int, *args: Any) -> None:
+        hooks = runtime.launch_enter_hook
+        if getattr(hooks, "calls", hooks):
+            official(*args)
+        else:
+            run(*grid, current_stream(device), function, metadata, None, None, None, *args)
+
+    return start
 
 
 # Launches remembered by exact value, for each kernel.

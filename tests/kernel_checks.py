@@ -77,9 +77,7 @@ def nf4(
 ) -> NF4Weight:
     """A random weight as bitsandbytes quantises it."""
     dense = torch.randn(out_features, in_features, device=device).to(dtype)
-    packed, s = bitsandbytes.functional.quantize_4bit(
-        dense, blocksize=64, compress_statistics=nested, quant_type="nf4"
-    )
+    packed, s = bitsandbytes.functional.quantize_4bit(dense, blocksize=64, compress_statistics=nested, quant_type="nf4")
     scales = NestedScales(s.state2.absmax, s.state2.code, s.offset, s.state2.blocksize) if nested else None
     return NF4Weight(packed, s.absmax, s.code, dense.shape, dtype, 64, scales)
 

@@ -182,26 +182,39 @@ class FakeTensor:
 def fake_kernel(monkeypatch):
     """A kernel whose compilations and direct launches are written down, on one pretended card."""
     monkeypatch.setattr(backend, "_several_devices", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
 
     def function(x_ptr, y_ptr, n_rows, eps, BLOCK: tl.constexpr):
         raise AssertionError("never run")
 
     kernel = Kernel(function)
-    compiled, direct = [], []
+    compiled, direct, official = [], [], []
 
     class Variant:
+        function, packed_metadata = "function", "metadata"
+
         def __getitem__(self, grid):
-            return lambda *args: direct.append((grid, args))
+            return lambda *args: official.append((grid, args))
+
+        def run(self, x, y, z, *args):
+            assert args[:6] == (77, "function", "metadata", None, None, None)
+            direct.append(((x, y, z), args[6:]))
 
     class Function:
         def __getitem__(self, grid):
             return lambda **kwargs: compiled.append((grid, kwargs)) or Variant()
 
     kernel.function = Function()
-    return SimpleNamespace(kernel=kernel, compiled=compiled, direct=direct)
+    return SimpleNamespace(kernel=kernel, compiled=compiled, direct=direct, official=official)
 
 
 ARGUMENTS = {"x_ptr": FakeTensor(), "y_ptr": FakeTensor(), "n_rows": 5, "eps": 1e-6, "BLOCK": 8, "num_warps": 4}
+
+
+def _launched(arguments):
+    """What a launch of these arguments hands on: addresses, then values."""
+    values = (arguments[name] for name in ("n_rows", "eps", "BLOCK"))
+    return arguments["x_ptr"].pointer, arguments["y_ptr"].pointer, *values
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
@@ -232,8 +245,7 @@ def test_a_variant_serves_exactly_what_it_was_compiled_for(change, recompiles, f
     if recompiles:
         assert fake_kernel.compiled[1] == ((9, 2), arguments)
     else:
-        parameters = tuple(arguments[name] for name in ("x_ptr", "y_ptr", "n_rows", "eps", "BLOCK"))
-        assert fake_kernel.direct == [((9, 2, 1), parameters)]
+        assert fake_kernel.direct == [((9, 2, 1), _launched(arguments))]
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
@@ -241,8 +253,23 @@ def test_arguments_may_be_named_in_any_order(fake_kernel):
     fake_kernel.kernel[(3,)](**ARGUMENTS)
     swapped = {name: ARGUMENTS[name] for name in ("BLOCK", "eps", "y_ptr", "n_rows", "x_ptr", "num_warps")}
     fake_kernel.kernel[(3,)](**swapped)
-    parameters = tuple(ARGUMENTS[name] for name in ("x_ptr", "y_ptr", "n_rows", "eps", "BLOCK"))
-    assert len(fake_kernel.compiled) == 1 and fake_kernel.direct == [((3, 1, 1), parameters)]
+    assert len(fake_kernel.compiled) == 1 and fake_kernel.direct == [((3, 1, 1), _launched(ARGUMENTS))]
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_launches_go_through_a_profilers_hooks(fake_kernel, monkeypatch):
+    fake_kernel.kernel[(3,)](**ARGUMENTS)
+    monkeypatch.setattr(backend.triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    fake_kernel.kernel[(3,)](**ARGUMENTS)
+    assert not fake_kernel.direct and fake_kernel.official == [((3, 1, 1), _launched(ARGUMENTS))]
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_a_tensor_elsewhere_is_refused(fake_kernel):
+    elsewhere = FakeTensor()
+    elsewhere.is_cuda, elsewhere.device = False, "cpu"
+    with pytest.raises(ValueError, match="got a tensor on cpu"):
+        fake_kernel.kernel[(3,)](**ARGUMENTS | {"y_ptr": elsewhere})
 
 
 def test_host_arithmetic():
