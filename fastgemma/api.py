@@ -20,6 +20,7 @@ FEATURES: dict[str, tuple[bool | str, tuple[bool | str, ...]]] = {
     "cross_entropy": (True, (True, False)),
     "per_layer_embeddings": ("auto", ("auto", "host", "gpu", True, False)),
     "checkpointing": (True, (True, False)),
+    "cuda_graphs": ("auto", ("auto", "always", True, False)),
     "fixes": (True, (True, False)),
 }
 

@@ -41,7 +41,13 @@ def workspace_bytes(device: torch.device | None = None) -> int:
     if (device is not None and device.type != "cuda") or not torch.cuda.is_available():
         return _STEPS[-1][1]
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
-    return _from_memory(torch.cuda.get_device_properties(index).total_memory * _memory_fraction(index))
+    return _from_memory(card_bytes(torch.device("cuda", index)))
+
+
+def card_bytes(device: torch.device) -> float:
+    """Bytes of a CUDA device that this process may use: a memory fraction counts as a smaller card."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.get_device_properties(index).total_memory * _memory_fraction(index)
 
 
 def _memory_fraction(index: int) -> float:

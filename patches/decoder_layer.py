@@ -47,22 +47,23 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
         ) -> torch.Tensor | None:
             """The layer around its stock attention, or None where it has to run in parts."""
             rest = dict(kwargs)
+            angles = rest.pop("position_embeddings")
             try:
-                residual, q, k, v = whole_layer.before_attention(layer, hidden_states, rest.pop("position_embeddings"))
+                before = whole_layer.read_before(layer, hidden_states, angles)
             except Unsupported:
                 return None  # the part that is to blame counts it
-            for op in (norms, lora, rope):
-                op.fast()
+            residual, q, k, v = whole_layer.before_attention(before, hidden_states, *angles)
+            whole_layer.count_before(ops)
             attended, _ = attend(module.eager_attention_forward, layer.self_attn, q, k, v, **_defaults(rest))
             try:
-                out = whole_layer.after_attention(layer, attended, residual, per_layer_input)
+                if attended.dtype != residual.dtype:
+                    raise Unsupported("another dtype")
+                after = whole_layer.read_after(layer, residual, per_layer_input)
             except Unsupported:
                 projected = project_one(lora, layer.self_attn.o_proj, attended)
                 return behind_attention(layer, projected, residual, per_layer_input)
-            with_gate = 1 if per_layer_input is None else 2
-            norms.fast(2 + with_gate)
-            lora.fast(2 * with_gate)
-            activation.fast(with_gate)
+            out = whole_layer.after_attention(after, attended, residual, per_layer_input)
+            whole_layer.count_after(ops, per_layer_input is not None)
             return out
 
         def in_parts(

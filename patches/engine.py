@@ -40,6 +40,7 @@ class Op:
     reason: str | None = None
     fast_calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    release: Callable[[], None] | None = None  # gives back what it holds, when it is switched off
 
     def fast(self, calls: int = 1) -> None:
         """Counts calls that ran our path. Compiled code is not counted: a counter would be a graph break."""
@@ -138,6 +139,8 @@ class Engine:
             for feature, op in site.ops.items():
                 op.active = site.installed and feature in features
                 op.mode = enabled.get(feature, False)
+                if not op.active and op.release is not None:
+                    op.release()
                 if op.active:
                     op.state = "active"
                     op.reason = None if site.verified else "unverified: its source is not one fastgemma was tested with"

@@ -8,10 +8,12 @@ from fastgemma.patches.decoder_layer import make_decoder_layer
 from fastgemma.patches.engine import Engine, Row
 from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.fingerprints import FINGERPRINTS
+from fastgemma.patches.layer_graphs import make_layer_call
 from fastgemma.patches.loss import make_head_forward
 from fastgemma.patches.mlp import make_mlp
 from fastgemma.patches.norms import make_norm
 from fastgemma.patches.trl_head import make_add_fused_lm_head
+from fastgemma.patches.whole_layer import PARTS
 
 
 def _family_rows(prefix: str, module: str) -> list[Row]:
@@ -28,12 +30,13 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states", "past_key_values"),
         ),
         Row(
-            ("rms_norm", "rope", "geglu", "lora"),
+            PARTS,
             module,
             f"{prefix}TextDecoderLayer.forward",
             make_decoder_layer(lambda: ENGINE),
             layer_parameters,
         ),
+        Row(("cuda_graphs", *PARTS), module, f"{prefix}TextDecoderLayer.__call__", make_layer_call),
         Row(("cross_entropy",), module, f"{prefix}ForCausalLM.forward", make_head_forward, head_parameters),
         Row(
             ("cross_entropy",), module, f"{prefix}ForConditionalGeneration.forward", make_head_forward, head_parameters

@@ -1,13 +1,14 @@
 """A decoder layer as two operations, around stock attention, where every part of it is as transformers made it.
 
-Each function reads what the layer's modules hold and runs the fused operation, or raises `Unsupported` before anything
-was computed: then the layer runs in parts, and the part that is not exact counts why.
+`read_before` and `read_after` read what the layer's modules hold for each operation, or raise `Unsupported`: then the
+layer runs in parts, and the part that is not exact counts why.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,10 +18,13 @@ from fastgemma.kernels.pre_attention import Outputs, pre_attention_unchecked
 from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.patches import projections
 from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim
+from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, is_gelu_tanh
 from fastgemma.patches.norms import norm_unusable
-from fastgemma.patches.projections import Unsupported
+from fastgemma.patches.projections import Projection, Unsupported
 
+# Features that a whole layer is made of.
+PARTS = ("rms_norm", "rope", "geglu", "lora")
 _FEEDFORWARD_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -57,19 +61,36 @@ def _autocast(x: torch.Tensor) -> torch.dtype | None:
     return autocast
 
 
-def before_attention(
-    layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-) -> Outputs:
-    """The residual, and q, k and v as [batch, heads, seq_len, head_dim]; k and v None where the layer shares others'.
+class Before(NamedTuple):
+    """What a layer's modules hold for the operation before its attention, as `pre_attention` takes it."""
 
-    Raises:
-        Unsupported: only the layer in parts computes it.
-    """
+    norm_weight: torch.Tensor
+    projections: list[Projection]
+    q_norm_weight: torch.Tensor
+    k_norm_weight: torch.Tensor | None
+    heads: Heads
+    eps: float
+    autocast: torch.dtype | None
+
+
+class After(NamedTuple):
+    """What a layer's modules hold for the operation after its attention, as `post_attention` takes it."""
+
+    norms: Norms
+    matrices: Matrices
+    layer_scalar: torch.Tensor
+    eps: float
+    autocast: torch.dtype | None
+
+
+def read_before(
+    layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> Before:
+    """Raises Unsupported."""
     if torch.compiler.is_compiling():
         raise Unsupported("compiling")
     attention = _part(layer, "self_attn")
-    cos, sin = position_embeddings
-    reason = rope_unusable(attention, hidden_states, cos, sin)
+    reason = rope_unusable(attention, hidden_states, *position_embeddings)
     if reason is not None:
         raise Unsupported(reason)
     if projections.fused_gemm_is_better(attention._modules["q_proj"], hidden_states):
@@ -79,36 +100,40 @@ def before_attention(
     linears = qkv_layers(attention)
     modules = attention._modules
     q_norm, k_norm = modules["q_norm"], modules.get("k_norm")
-    residual, *qkv = pre_attention_unchecked(
-        hidden_states,
+    return Before(
         norm._parameters["weight"],
         projections.read(linears, hidden_states),
-        cos,
-        sin,
         q_norm._parameters["weight"],
         None if k_norm is None else k_norm._parameters["weight"],
         Heads(attention.head_dim, rotary_dim(attention), len(linears) == 2, q_norm.eps),
         norm.eps,
         autocast,
     )
+
+
+def before_attention(read: Before, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Outputs:
+    """The residual, and q, k and v as [batch, heads, seq_len, head_dim]; k and v None if the layer shares others'."""
+    norm_weight, linears, *norms_and_numbers = read
+    residual, *qkv = pre_attention_unchecked(
+        hidden_states,
+        norm_weight,
+        linears,
+        cos,
+        sin,
+        *norms_and_numbers,  # type: ignore[arg-type]
+    )
     q, k, v = (None if x is None else x.transpose(1, 2) for x in qkv)
     assert q is not None
     return residual, q, k, v
 
 
-def after_attention(
-    layer: Any, attended: torch.Tensor, residual: torch.Tensor, per_layer_input: torch.Tensor | None
-) -> torch.Tensor:
-    """The layer's output from what its attention gathered, [batch, seq_len, num_heads * head_dim].
-
-    Raises:
-        Unsupported: only the layer in parts computes it.
-    """
+def read_after(layer: Any, residual: torch.Tensor, per_layer_input: torch.Tensor | None) -> After:
+    """Raises Unsupported."""
     if getattr(layer, "enable_moe_block", False):
         raise Unsupported("experts")
     mlp = _part(layer, "mlp")
-    if not is_gelu_tanh(mlp.act_fn) or attended.dtype != residual.dtype:
-        raise Unsupported("another activation or dtype")
+    if not is_gelu_tanh(mlp.act_fn):
+        raise Unsupported("another activation")
     autocast = _autocast(residual)
     scalar = layer.layer_scalar
     if scalar.numel() != 1 or scalar.requires_grad:
@@ -125,13 +150,26 @@ def after_attention(
     elif per_layer_input is not None:
         raise Unsupported("a per-layer input that nothing reads")
     read = projections.read([layer._modules["self_attn"]._modules["o_proj"], *linears], residual)
-    return post_attention_unchecked(
-        attended,
-        residual,
-        Norms(*(norm._parameters["weight"] for norm in norms)),
-        Matrices(*read),
-        scalar,
-        per_layer_input,
-        eps,
-        autocast,
-    )
+    return After(Norms(*(norm._parameters["weight"] for norm in norms)), Matrices(*read), scalar, eps, autocast)
+
+
+def after_attention(
+    read: After, attended: torch.Tensor, residual: torch.Tensor, per_layer_input: torch.Tensor | None
+) -> torch.Tensor:
+    """The layer's output from what its attention gathered, [batch, seq_len, num_heads * head_dim]."""
+    norms, matrices, scalar, eps, autocast = read
+    return post_attention_unchecked(attended, residual, norms, matrices, scalar, per_layer_input, eps, autocast)
+
+
+def count_before(ops: Mapping[str, Op]) -> None:
+    """Counts the fast calls that `before_attention` stands for."""
+    for name in ("rms_norm", "rope", "lora"):
+        ops[name].fast()
+
+
+def count_after(ops: Mapping[str, Op], gated: bool) -> None:
+    """Counts the fast calls that `after_attention` stands for, with or without a per-layer input."""
+    times = 2 if gated else 1
+    ops["rms_norm"].fast(2 + times)
+    ops["lora"].fast(2 * times)
+    ops["geglu"].fast(times)

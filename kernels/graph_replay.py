@@ -1,0 +1,320 @@
+"""A function and its gradient as two CUDA graphs, for work whose launches cost the host more than the GPU.
+
+    forward:   outputs = function(inputs, constants, trained)
+    backward:  the function once more, then its gradients: the graph recomputes, so nothing but the inputs is kept
+
+That is gradient checkpointing of `function`, launched twice instead of once per kernel. A replay runs the kernels of a
+plain call, in their order, on the same values, and draws the same random numbers: its results are equal to the bit.
+
+Graphs read and write fixed addresses. An `Arena` holds the buffers that graphs of one shape share: inputs are copied in
+and results copied out, so that no tensor a caller gets is ever written to again. Trained tensors are read where they
+are, and must stay there.
+
+Source: `torch.cuda.make_graphed_callables`, which captures a backward in the same way, for one function at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Tensors = Sequence[torch.Tensor | None]
+# (inputs, constants, trained) -> outputs
+Function = Callable[[Tensors, Tensors, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+# Elements between the starts of gradients that share a buffer: whatever reads one may read in vectors.
+_ALIGNMENT = 128
+
+
+class Graph:
+    """Work on the current device, recorded without running it, and run as a whole by `replay`."""
+
+    def __init__(self, work: Callable[[], None], pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        stream = _capture_stream(torch.cuda.current_device())
+        stream.wait_stream(current)
+        with _no_collection(), torch.cuda.stream(stream):
+            # Other threads may go on: one that pins a batch's memory would break a global capture.
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
+        current.wait_stream(stream)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    @staticmethod
+    def new_pool() -> Any:
+        """A handle of memory that graphs share which never run at the same time."""
+        # What plain calls of the same work left in the caching allocator is not needed beside it.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.graph_pool_handle()
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collecting a cycle that holds CUDA resources would break a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _plain_autograd() -> Iterator[None]:
+    """Autograd as in a call of its own: no hooks of an enclosing region on what is saved, no cache of casts."""
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
+class Arena:
+    """Buffers and memory of the graphs of one shape on one device, which run one after another on one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = _stream(device)
+        self.pool = Graph.new_pool()
+        self.lock = threading.RLock()  # autograd runs backwards in threads of its own
+        self._buffers: dict[Any, torch.Tensor] = {}
+        self._loaded: dict[Any, tuple[torch.Tensor, int]] = {}
+
+    def on_its_stream(self) -> bool:
+        return _stream(self.device) == self.stream
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        key = (name, tuple(shape), dtype)
+        found = self._buffers.get(key)
+        if found is None:
+            found = self._buffers[key] = torch.empty(shape, dtype=dtype, device=self.device)
+        return found
+
+    def load(self, name: str, tensor: torch.Tensor, stays: bool = False) -> torch.Tensor:
+        """The buffer of this name and of the tensor's shape, holding its values.
+
+        `stays`: the tensor comes again and again; it is remembered, and copied only when it is another.
+        """
+        buffer = self.buffer(name, tensor.shape, tensor.dtype)
+        if stays:
+            key = (name, tensor.shape, tensor.dtype)
+            last, version = self._loaded.get(key, (None, 0))
+            same = last is not None and last.data_ptr() == tensor.data_ptr() and last.stride() == tensor.stride()
+            if same and version == tensor._version:
+                return buffer
+            self._loaded[key] = (tensor.detach(), tensor._version)
+        buffer.copy_(tensor.detach())
+        return buffer
+
+
+class _Place(NamedTuple):
+    """Where a gradient lies: in which buffer, and in what layout from which element on."""
+
+    buffer: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
+
+
+class Replay:
+    """`function` recorded for inputs, constants and trained tensors like the given ones.
+
+    Args:
+        function: launches work on the current stream without waiting for it.
+        arena: of this shape.
+        names: of inputs and of constants; those of one name, shape and dtype share a buffer.
+        inputs: tensors, differentiated where they require it, or None.
+        constants: tensors that are not differentiated, or None.
+        trained: leaves to differentiate, read in place.
+        draws: whether the function draws random numbers.
+        recurring: names of inputs whose tensors come again for other functions of this arena.
+
+    Raises:
+        torch.OutOfMemoryError: the recording found no memory; nothing was changed.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        arena: Arena,
+        names: tuple[Sequence[str], Sequence[str]],
+        inputs: Tensors,
+        constants: Tensors,
+        trained: Sequence[torch.Tensor],
+        draws: bool,
+        recurring: frozenset[str] = frozenset(),
+    ) -> None:
+        self.arena, self._names, self._recurring = arena, names, recurring
+        self._generator = _generator(arena.device) if draws else None
+        self._wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
+        # Where replays find what autograd hands them, and leave what they compute; set by the recordings.
+        self._outs: list[torch.Tensor] = []
+        self._upstream: list[torch.Tensor | None] = []
+        self._d_inputs: list[torch.Tensor | None] = []
+        self._d_trained: list[torch.Tensor] = []
+        self._places: list[_Place | None] = []
+        aliases = [tensor.detach().requires_grad_() for tensor in trained]
+        with arena.lock:
+            buffers, fixed = self._load(inputs, constants)
+
+            def leaves() -> list[torch.Tensor | None]:
+                return [
+                    None if buffer is None else buffer.detach().requires_grad_(wanted)
+                    for buffer, wanted in zip(buffers, self._wanted)
+                ]
+
+            def forward() -> None:
+                with _plain_autograd():
+                    outs = function(leaves(), fixed, aliases)
+                self._outs = [arena.buffer(f"output {i}", out.shape, out.dtype) for i, out in enumerate(outs)]
+                for buffer, out in zip(self._outs, outs):
+                    buffer.copy_(out.detach())
+
+            def backward() -> None:
+                with _plain_autograd():
+                    variables = leaves()
+                    outs = function(variables, fixed, aliases)
+                    live = [out for out in outs if out.requires_grad]
+                    self._upstream = [
+                        arena.buffer(f"upstream {i}", out.shape, out.dtype) if out.requires_grad else None
+                        for i, out in enumerate(outs)
+                    ]
+                    wanted = [v for v, is_wanted in zip(variables, self._wanted) if v is not None and is_wanted]
+                    with torch.autocast(arena.device.type, enabled=False):
+                        grads = torch.autograd.grad(
+                            live, wanted + aliases, [g for g in self._upstream if g is not None], allow_unused=True
+                        )
+                self._collect(grads[: len(wanted)], grads[len(wanted) :])
+
+            self._forward = Graph(forward, arena.pool)
+            self._backward = Graph(backward, arena.pool)
+
+    def _load(self, inputs: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        load, recurring = self.arena.load, self._recurring
+        return (
+            [None if t is None else load(name, t, name in recurring) for name, t in zip(self._names[0], inputs)],
+            [None if t is None else load(name, t, True) for name, t in zip(self._names[1], constants)],
+        )
+
+    def _collect(self, d_inputs: Tensors, d_trained: Tensors) -> None:
+        """Copies gradients to where replays leave them.
+
+        Those of trained tensors lie side by side, so that one copy takes them all out; those of inputs, which are
+        larger and live shorter, each have a buffer.
+        """
+        self._d_inputs = [
+            None if grad is None else self.arena.buffer(f"gradient {i}", grad.shape, grad.dtype)
+            for i, grad in enumerate(d_inputs)
+        ]
+        totals: dict[torch.dtype, int] = {}
+        places: list[_Place | None] = []
+        for grad in d_trained:
+            if grad is None:
+                places.append(None)
+                continue
+            start = totals.get(grad.dtype, 0)
+            totals[grad.dtype] = start + -(-grad.numel() // _ALIGNMENT) * _ALIGNMENT
+            strides = torch.empty(grad.shape, device="meta").stride()
+            places.append(_Place(list(totals).index(grad.dtype), grad.shape, strides, start))
+        self._places = places
+        self._d_trained = [self.arena.buffer("gradients", (total,), dtype) for dtype, total in totals.items()]
+        targets = [buffer for buffer in self._d_inputs if buffer is not None] + self._views(self._d_trained)
+        if targets:
+            torch._foreach_copy_(targets, [grad for grad in (*d_inputs, *d_trained) if grad is not None])
+
+    def _views(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [buffers[p.buffer].as_strided(p.shape, p.strides, p.start) for p in self._places if p is not None]
+
+    def __call__(
+        self, inputs: Tensors, constants: Tensors, trained: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The function's outputs, as leaves of a plain call would get them; `trained` as it was recorded."""
+        outs = _Replayed.apply(self, constants, len(inputs), *inputs, *trained)
+        return outs
+
+    def forward(self, inputs: Tensors, constants: Tensors) -> tuple[torch.Tensor, ...]:
+        with self.arena.lock:
+            self._load(inputs, constants)
+            self._forward.replay()
+            return tuple(out.clone() for out in self._outs)
+
+    def backward(self, inputs: Tensors, constants: Tensors, d_outs: Tensors, drawn_at: Any) -> list[Any]:
+        """Gradients of inputs and of trained tensors, None where there is none."""
+        with self.arena.lock:
+            self._load(inputs, constants)
+            for buffer, d_out in zip(self._upstream, d_outs):
+                if buffer is not None:
+                    buffer.zero_() if d_out is None else buffer.copy_(d_out)
+            if self._generator is None:
+                self._backward.replay()
+            else:
+                now = self._generator.get_state()
+                self._generator.set_state(drawn_at)
+                self._backward.replay()
+                self._generator.set_state(now)
+            d_inputs = iter([None if buffer is None else buffer.clone() for buffer in self._d_inputs])
+            d_trained = iter(self._views([buffer.clone() for buffer in self._d_trained]))
+        return [
+            *(next(d_inputs) if wanted else None for wanted in self._wanted),
+            *(None if place is None else next(d_trained) for place in self._places),
+        ]
+
+    def state(self) -> Any:
+        """The random state that a forward starts from, where it draws."""
+        return None if self._generator is None else self._generator.get_state()
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, replay, constants, n_inputs, *tensors):
+        inputs, trained = tensors[:n_inputs], tensors[n_inputs:]
+        ctx.set_materialize_grads(False)
+        ctx.replay, ctx.constants, ctx.drawn_at = replay, constants, replay.state()
+        ctx.trained = [(tensor, tensor._version, tensor.data_ptr()) for tensor in trained]
+        ctx.save_for_backward(*inputs)
+        return replay.forward(inputs, constants)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outs):
+        for tensor, version, address in ctx.trained:
+            if tensor._version != version or tensor.data_ptr() != address:
+                raise RuntimeError(
+                    "fastgemma: a trained parameter was modified in place between a forward and its backward, so that "
+                    "its gradient would be that of other weights. No gradient was produced. Step the optimizer after "
+                    "backward()."
+                )
+        return None, None, None, *ctx.replay.backward(ctx.saved_tensors, ctx.constants, d_outs, ctx.drawn_at)

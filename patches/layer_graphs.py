@@ -1,0 +1,307 @@
+"""A checkpointed decoder layer as two CUDA graphs, where launching its kernels would take longer than running them.
+
+A layer of E2B launches about 150 kernels in a training step. On a large card they take the host longer than the GPU; as
+two graphs the layer costs the host a tenth. What is replayed is the layer as `whole_layer` runs it around stock SDPA
+attention, to the bit; `fastgemma.kernels.graph_replay` says how. It takes the place of transformers' own checkpointing
+of the layer: the backward's graph recomputes it.
+
+A graph is only as good as what it was recorded for. Each call reads the layer as an ordinary call does, and only a
+graph of exactly that (weights, adapters, scalings, dropout rates, shapes, what requires gradients) is replayed.
+Recording waits until it pays: for a shape that comes often, after its first calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastgemma.kernels.graph_replay import Arena, Replay, Tensors
+from fastgemma.kernels.nf4 import NF4Weight
+from fastgemma.kernels.workspace import card_bytes
+from fastgemma.patches.attention import attend
+from fastgemma.patches.engine import Op
+from fastgemma.patches.guards import hooked, unusable
+from fastgemma.patches.projections import Unsupported
+from fastgemma.patches.whole_layer import (
+    PARTS,
+    After,
+    Before,
+    after_attention,
+    before_attention,
+    count_after,
+    count_before,
+    read_after,
+    read_before,
+)
+
+# Calls of a shape that run as ever: kernels are compiled and loaded in them, backwards included.
+_PLAIN_CALLS = 2
+# A shape is recorded once every so many calls have it, and a layer keeps so many recordings.
+_SHARE = 8
+_MAX_GRAPHS = 4
+_MAX_COUNTED = 256
+# The host is the limit up to about this many rows for each of the card's multiprocessors. Cards with less memory than
+# this keep it for what must fit.
+_ROWS_PER_MULTIPROCESSOR = 64
+_LEAST_CARD_BYTES = 20 << 30
+# Gradients of trained tensors are copied once more than without graphs: for adapters that is nothing.
+_MAX_TRAINED_BYTES = 64 << 20
+# Keyword arguments of a layer that stock SDPA attention does not read.
+_UNREAD = frozenset(
+    {
+        "position_ids", "use_cache", "cache_position", "return_dict", "output_hidden_states", "num_items_in_batch",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "return_shared_kv_states",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class _Layer:
+    """What is known of one layer: how often calls came, and the recordings, the last used one last."""
+
+    calls: Counter[Any] = field(default_factory=Counter)
+    graphs: dict[Any, _LayerGraph] = field(default_factory=dict)
+
+
+class _LayerGraph:
+    """A recorded layer. Holds the weights that it was recorded with, so that nothing else takes their addresses."""
+
+    def __init__(self, layer: Any, arena: Arena, read: tuple[Before, After], inputs: Tensors, constants: Tensors):
+        self.read = read
+        self.trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
+        attention = layer.self_attn
+        kind = attention.layer_type
+        names = ("hidden_states", "per_layer_input", f"keys {kind}", f"values {kind}")
+        draws = any(p.dropout > 0 for p in (*read[0].projections, *(m for m in read[1].matrices if m is not None)))
+        self.replay = Replay(
+            lambda inputs, constants, trained: _run(attention, self._with(trained), inputs, constants),
+            arena,
+            (names, (f"cos {kind}", f"sin {kind}", f"mask {kind}")),
+            inputs,
+            constants,
+            self.trained,
+            draws,
+            recurring=frozenset(names[2:]),
+        )
+
+    def _with(self, trained: Sequence[torch.Tensor]) -> tuple[Before, After]:
+        return _swap(self.read, {id(old): new for old, new in zip(self.trained, trained)})
+
+    def __call__(self, inputs: Tensors, constants: Tensors) -> tuple[torch.Tensor, ...]:
+        return self.replay(inputs, constants, self.trained)
+
+
+def _run(attention: Any, read: tuple[Before, After], inputs: Tensors, constants: Tensors) -> tuple[torch.Tensor, ...]:
+    """The layer's output, and its keys and values where other layers share them, as [batch, seq_len, heads, dim]."""
+    hidden_states, per_layer_input, key, value = inputs
+    cos, sin, mask = constants
+    assert hidden_states is not None and cos is not None and sin is not None
+    states = {}
+    if key is not None and value is not None:
+        states[attention.layer_type] = key.transpose(1, 2), value.transpose(1, 2)
+    residual, q, k, v = before_attention(read[0], hidden_states, cos, sin)
+    attended, _ = attend(sdpa_attention_forward, attention, q, k, v, mask, states, None)
+    out = after_attention(read[1], attended, residual, per_layer_input)
+    if not attention.store_full_length_kv:
+        return (out,)
+    return out, *(x.transpose(1, 2) for x in states[attention.layer_type])
+
+
+def _tensors(item: Any) -> Iterator[torch.Tensor]:
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, tuple | list):
+        for part in item:
+            yield from _tensors(part)
+
+
+def _swap(item: Any, new: dict[int, torch.Tensor]) -> Any:
+    """`item` with other tensors in the places of those whose ids are given."""
+    if isinstance(item, torch.Tensor):
+        return new.get(id(item), item)
+    if isinstance(item, list):
+        return [_swap(part, new) for part in item]
+    if isinstance(item, tuple):
+        parts = [_swap(part, new) for part in item]
+        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+    return item
+
+
+def _signature(item: Any) -> Any:
+    """What a recording depends on: addresses of tensors, values of everything else."""
+    if isinstance(item, torch.Tensor):
+        return id(item), item.data_ptr(), item.requires_grad
+    if isinstance(item, NF4Weight):
+        return id(item)
+    if isinstance(item, tuple | list):
+        return tuple([_signature(part) for part in item])
+    return item
+
+
+def _form(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
+
+
+class LayerGraphs:
+    """All recordings, by layer. They die with their layers, or with `clear`."""
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakKeyDictionary[Any, _Layer] = weakref.WeakKeyDictionary()
+        self._arenas: weakref.WeakValueDictionary[Any, Arena] = weakref.WeakValueDictionary()
+        self._lock = threading.RLock()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._layers.clear()
+
+    def find(self, layer: Any, inputs: Tensors, constants: Tensors) -> _LayerGraph:
+        """The recording of this layer for these arguments, made now if it is time.
+
+        Raises:
+            Unsupported: the layer must run without one.
+        """
+        hidden_states, per_layer_input = inputs[:2]
+        read = (
+            read_before(layer, hidden_states, constants[:2]),  # type: ignore[arg-type]
+            read_after(layer, hidden_states, per_layer_input),  # type: ignore[arg-type]
+        )
+        forms = tuple(map(_form, (*inputs, *constants)))
+        key = (forms, torch.is_autocast_enabled(hidden_states.device.type), _signature(read))  # type: ignore[union-attr]
+        with self._lock:
+            known = self._layers.get(layer)
+            if known is None:
+                known = self._layers[layer] = _Layer()
+            if len(known.calls) >= _MAX_COUNTED:
+                known.calls.clear()
+            known.calls[key] += 1
+            graph = known.graphs.pop(key, None)
+            if graph is None:
+                if known.calls[key] <= _PLAIN_CALLS:
+                    raise Unsupported("first calls of a shape")
+                if _SHARE * known.calls[key] < known.calls.total():
+                    raise Unsupported("shapes that vary")
+                while len(known.graphs) >= _MAX_GRAPHS:
+                    del known.graphs[next(iter(known.graphs))]
+                graph = self._record(layer, forms, read, inputs, constants)
+            if not graph.replay.arena.on_its_stream():
+                raise Unsupported("another stream")
+            known.graphs[key] = graph
+            return graph
+
+    def _record(
+        self, layer: Any, forms: Any, read: tuple[Before, After], inputs: Tensors, constants: Tensors
+    ) -> _LayerGraph:
+        trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
+        if not all(tensor.is_leaf for tensor in trained):
+            raise Unsupported("trained tensors that are computed")
+        if sum(tensor.numel() * tensor.element_size() for tensor in trained) > _MAX_TRAINED_BYTES:
+            raise Unsupported("large trained weights")
+        hidden_states = inputs[0]
+        assert hidden_states is not None
+        shape = (hidden_states.device, *forms[0][:2])
+        arena = self._arenas.get(shape)
+        if arena is None:
+            arena = self._arenas[shape] = Arena(hidden_states.device)
+        try:
+            return _LayerGraph(layer, arena, read, inputs, constants)
+        except torch.OutOfMemoryError:
+            raise Unsupported("no memory for a recording") from None
+
+
+def _not_worth(mode: bool | str, hidden_states: torch.Tensor) -> str | None:
+    """Why a graph would not pay here, or None."""
+    device = hidden_states.device
+    if device.type != "cuda":
+        return "no gpu"
+    if device.index != torch.cuda.current_device():
+        return "another device than the current one"
+    if mode == "always":
+        return None
+    if card_bytes(device) < _LEAST_CARD_BYTES:
+        return "a card with little memory"
+    limit = _ROWS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return "many rows: the GPU is the limit" if hidden_states.shape[:-1].numel() > limit else None
+
+
+def _plainly_checkpointed(layer: Any) -> bool:
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if not isinstance(function, functools.partial) or function.func is not checkpoint:
+        return False
+    keywords = {"preserve_rng_state": True, **function.keywords}
+    return keywords == {"use_reentrant": False, "preserve_rng_state": True}
+
+
+def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
+    """`__call__` of the layer class: around transformers' checkpointing, whatever method it lives in."""
+    graphs = LayerGraphs()
+    op = ops["cuda_graphs"]
+    op.release = graphs.clear
+    parts = {name: ops[name] for name in PARTS}
+
+    def arguments(
+        layer: Any, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensors, Tensors, Any]:
+        """(inputs, constants, shared states). Raises Unsupported."""
+        reason = unusable(hidden_states) or _not_worth(op.mode, hidden_states)
+        if reason is not None:
+            raise Unsupported(reason)
+        if hooked(layer) or torch.is_anomaly_enabled():
+            raise Unsupported("hooks on the layer, or anomaly detection")
+        if not _plainly_checkpointed(layer):
+            raise Unsupported("another kind of checkpointing")
+        rest = dict(kwargs)
+        cos, sin = rest.pop("position_embeddings")
+        mask, shared = rest.pop("attention_mask", None), rest.pop("shared_kv_states", None)
+        for name, value in rest.items():
+            if value is not None and name not in _UNREAD:
+                raise Unsupported(f"the argument {name}")
+        attention = layer.self_attn
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, attend)
+        if interface is not sdpa_attention_forward or attention.attention_dropout:
+            raise Unsupported("attention other than SDPA without dropout")
+        key, value = None, None
+        if attention.is_kv_shared_layer:
+            key, value = (x.transpose(1, 2) for x in shared[attention.layer_type])
+        return (hidden_states, per_layer_input, key, value), (cos, sin, mask), shared
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (
+            op.active
+            and self.training
+            and self.gradient_checkpointing
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and all(part.active for part in parts.values())
+        ):
+            return original(self, *args, **kwargs)
+        rest = dict(kwargs)
+        hidden_states = args[0] if args else rest.pop("hidden_states")
+        # gemma4's layers take it second; gemma4_unified's know none.
+        per_layer_input = args[1] if len(args) > 1 else rest.pop("per_layer_input", None)
+        try:
+            if len(args) > (2 if hasattr(self, "hidden_size_per_layer_input") else 1):
+                raise Unsupported("positional arguments")
+            inputs, constants, shared = arguments(self, hidden_states, per_layer_input, rest)
+            graph = graphs.find(self, inputs, constants)
+        except Unsupported as unsupported:
+            op.fallback(str(unsupported))
+            return original(self, *args, **kwargs)
+        op.fast()
+        count_before(parts)
+        count_after(parts, per_layer_input is not None)
+        out, *states = graph(inputs, constants)
+        if states:
+            shared[self.self_attn.layer_type] = tuple(x.transpose(1, 2) for x in states)
+        return out
+
+    return __call__
