@@ -34,6 +34,7 @@ IDENTITY = (
     "batch",
     "seq_len",
     "rank",
+    "without",
     "dropout",
     "optimizer",
     "checkpointing",

@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, as Trainer's bf16=True")
     parser.add_argument("--cap-gib", type=float, help="limit this process's GPU memory, loading included")
+    parser.add_argument("--without", action="append", default=[], metavar="FEATURE", help="leave a feature out; repeat")
     parser.add_argument("--profile", action="store_true", help="profile two more steps into train_step_profile.json")
     parser.add_argument("--checkpoint", type=Path, help="directory of the random checkpoint, made if missing")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<gpu>/train_step.json)")
@@ -74,12 +75,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def apply_implementation(impl: str, *, towers: bool) -> None:
+def apply_implementation(impl: str, *, towers: bool, without: Sequence[str] = ()) -> None:
     """Patches transformers the way a user of `impl` would: one call before the model is loaded."""
     if impl == "fastgemma":
         import fastgemma
 
-        print(fastgemma.patch())
+        print(fastgemma.patch(**dict.fromkeys(without, False)))
     elif impl == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_gemma4, apply_liger_kernel_to_gemma4_text
 
@@ -226,7 +227,7 @@ def measure(arguments: argparse.Namespace, checkpoint: Path, device: torch.devic
     """Loads, trains and writes what it finds into `record` as it goes, so that a failed run keeps what it had."""
     on_gpu = device.type == "cuda"
     record["stage"] = "loading"
-    apply_implementation(arguments.impl, towers=arguments.towers)
+    apply_implementation(arguments.impl, towers=arguments.towers, without=arguments.without)
     model = load_model(arguments, checkpoint, device)
     optimizer = make_optimizer(arguments.optimizer, model, device)
     record |= records.peaks("loading_")
@@ -305,6 +306,7 @@ def main() -> None:
         "checkpointing": arguments.checkpointing,
         "autocast": arguments.autocast,
         "cap_gib": arguments.cap_gib,
+        "without": sorted(arguments.without) or None,
         "step_ms": None,
         "loss": None,
         "finished": False,

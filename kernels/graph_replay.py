@@ -88,7 +88,8 @@ def _plain_autograd() -> Iterator[None]:
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        # Detached, or an operation that saves its own output would keep itself, and its memory, alive.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x):
             yield
     finally:
         torch.set_autocast_cache_enabled(cache)
@@ -182,6 +183,7 @@ class Replay:
         self._wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
         # Where replays find what autograd hands them, and leave what they compute; set by the recordings.
         self._outs: list[torch.Tensor] = []
+        self._differentiable: list[bool] = []
         self._upstream: list[torch.Tensor | None] = []
         self._d_inputs: list[torch.Tensor | None] = []
         self._d_trained: list[torch.Tensor] = []
@@ -199,7 +201,10 @@ class Replay:
             def forward() -> None:
                 with _plain_autograd():
                     outs = function(leaves(), fixed, aliases)
+                # A buffer made here may lie where an earlier recording works. That harms nothing that is copied out
+                # before another graph runs; what is copied in must have its place before a recording starts.
                 self._outs = [arena.buffer(f"output {i}", out.shape, out.dtype) for i, out in enumerate(outs)]
+                self._differentiable = [out.requires_grad for out in outs]
                 for buffer, out in zip(self._outs, outs):
                     buffer.copy_(out.detach())
 
@@ -208,10 +213,6 @@ class Replay:
                     variables = leaves()
                     outs = function(variables, fixed, aliases)
                     live = [out for out in outs if out.requires_grad]
-                    self._upstream = [
-                        arena.buffer(f"upstream {i}", out.shape, out.dtype) if out.requires_grad else None
-                        for i, out in enumerate(outs)
-                    ]
                     wanted = [v for v, is_wanted in zip(variables, self._wanted) if v is not None and is_wanted]
                     with torch.autocast(arena.device.type, enabled=False):
                         grads = torch.autograd.grad(
@@ -220,6 +221,10 @@ class Replay:
                 self._collect(grads[: len(wanted)], grads[len(wanted) :])
 
             self._forward = Graph(forward, arena.pool)
+            self._upstream = [
+                arena.buffer(f"upstream {i}", out.shape, out.dtype) if live else None
+                for i, (out, live) in enumerate(zip(self._outs, self._differentiable))
+            ]
             self._backward = Graph(backward, arena.pool)
 
     def _load(self, inputs: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
@@ -283,8 +288,10 @@ class Replay:
             else:
                 now = self._generator.get_state()
                 self._generator.set_state(drawn_at)
-                self._backward.replay()
-                self._generator.set_state(now)
+                try:
+                    self._backward.replay()
+                finally:
+                    self._generator.set_state(now)
             d_inputs = iter([None if buffer is None else buffer.clone() for buffer in self._d_inputs])
             d_trained = iter(self._views([buffer.clone() for buffer in self._d_trained]))
         return [

@@ -213,6 +213,7 @@ def check(subject: Subject, reference: Callable[..., Any], direction: str) -> No
         assert direction == "forward", "nothing to differentiate"
     for index, (got, right) in enumerate(zip(actual, expected)):
         assert got.shape == right.shape, index
+        assert bool(right.isfinite().all()), f"result {index} of the reference is not finite"
         error = (got.float() - right.float()).norm() / right.float().norm()
         assert error <= BUDGET, f"result {index} of {len(actual)}: relative error {error:.2e}"
 
