@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -29,6 +30,16 @@ def nf4_weight(packed: torch.Tensor, state: bnb.functional.QuantState) -> NF4Wei
     return NF4Weight(packed, state.absmax, state.code, torch.Size(state.shape), state.dtype, state.blocksize, nested)
 
 
+def quantised(quantise: Callable[[], Any]) -> Any:
+    """What `quantise()` returns. bitsandbytes quantises on the default stream, whatever the current one is."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    result = quantise()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result
+
+
 def qlora(module: nn.Module, names: Iterable[str], device: torch.device, bare: Iterable[str] = ()) -> nn.Module:
     """`module` with NF4 base weights and bfloat16 LoRA adapters, as trained ones, in its linear layers `names`.
 
@@ -41,7 +52,8 @@ def qlora(module: nn.Module, names: Iterable[str], device: torch.device, bare: I
             dense.in_features, dense.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
         )
         weight = torch.randn(dense.weight.shape, dtype=torch.bfloat16, device=device) / dense.in_features**0.5
-        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer).to(device)
+        parameter = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
+        layer.weight = quantised(functools.partial(parameter.to, device))
         module.set_submodule(name, layer)
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, init_lora_weights=False)
     peft.inject_adapter_in_model(config, module)

@@ -117,7 +117,9 @@ def _remarks(record: Record) -> str:
 
 def train_step(found: list[Record]) -> str:
     """Step times, each beside stock transformers in the same experiment."""
-    chosen = sorted((record for record in found if record.get("bench") == "train_step"), key=_order)
+    chosen = sorted(
+        (record for record in found if record.get("bench") == "train_step" and not record.get("without")), key=_order
+    )
     stock = {
         (record["gpu"], _experiment(record)): record["step_ms"]
         for record in chosen

@@ -33,9 +33,13 @@ _ALIGNMENT = 128
 
 
 class Graph:
-    """Work on the current device, recorded without running it, and run as a whole by `replay`."""
+    """Work on the current device, recorded without running it, and run as a whole by `replay`.
 
-    def __init__(self, work: Callable[[], None], pool: Any) -> None:
+    The work must have run before in the same threads: libraries set themselves up in a first call, which a recording
+    does not survive, and a failed recording can leave the random generator unusable.
+    """
+
+    def __init__(self, work: Callable[[], Any], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         stream = _capture_stream(torch.cuda.current_device())
@@ -109,9 +113,11 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = _stream(device)
-        self.pool = Graph.new_pool()
-        self.lock = threading.RLock()  # autograd runs backwards in threads of its own
         self._buffers: dict[Any, torch.Tensor] = {}
+        self.pool = Graph.new_pool()
+        # A pool ends with its last graph: this one outlives those that are evicted, or whose recording fails.
+        self._anchor = Graph(lambda: self.buffer("anchor", (1,), torch.float32).zero_(), self.pool)
+        self.lock = threading.RLock()  # autograd runs backwards in threads of its own
         self._loaded: dict[Any, tuple[torch.Tensor, int]] = {}
 
     def on_its_stream(self) -> bool:
@@ -198,6 +204,24 @@ class Replay:
                     for buffer, wanted in zip(buffers, self._wanted)
                 ]
 
+            def gradients(
+                variables: Tensors, outs: Sequence[torch.Tensor], upstream: Tensors
+            ) -> Sequence[torch.Tensor | None]:
+                wanted = [v for v, is_wanted in zip(variables, self._wanted) if v is not None and is_wanted]
+                live = [out for out in outs if out.requires_grad]
+                given = [gradient for gradient in upstream if gradient is not None]
+                with torch.autocast(arena.device.type, enabled=False):
+                    return torch.autograd.grad(live, [*wanted, *aliases], given, allow_unused=True)
+
+            def warm_up() -> None:
+                state = self.state()
+                with _plain_autograd():
+                    variables = leaves()
+                    outs = function(variables, fixed, aliases)
+                    gradients(variables, outs, [torch.zeros_like(out) if out.requires_grad else None for out in outs])
+                if self._generator is not None:
+                    self._generator.set_state(state)
+
             def forward() -> None:
                 with _plain_autograd():
                     outs = function(leaves(), fixed, aliases)
@@ -211,15 +235,10 @@ class Replay:
             def backward() -> None:
                 with _plain_autograd():
                     variables = leaves()
-                    outs = function(variables, fixed, aliases)
-                    live = [out for out in outs if out.requires_grad]
-                    wanted = [v for v, is_wanted in zip(variables, self._wanted) if v is not None and is_wanted]
-                    with torch.autocast(arena.device.type, enabled=False):
-                        grads = torch.autograd.grad(
-                            live, wanted + aliases, [g for g in self._upstream if g is not None], allow_unused=True
-                        )
-                self._collect(grads[: len(wanted)], grads[len(wanted) :])
+                    grads = gradients(variables, function(variables, fixed, aliases), self._upstream)
+                self._collect(grads[: sum(self._wanted)], grads[sum(self._wanted) :])
 
+            warm_up()
             self._forward = Graph(forward, arena.pool)
             self._upstream = [
                 arena.buffer(f"upstream {i}", out.shape, out.dtype) if live else None

@@ -209,10 +209,10 @@ class LayerGraphs:
         hidden_states = inputs[0]
         assert hidden_states is not None
         shape = (hidden_states.device, *forms[0][:2])
-        arena = self._arenas.get(shape)
-        if arena is None:
-            arena = self._arenas[shape] = Arena(hidden_states.device)
         try:
+            arena = self._arenas.get(shape)
+            if arena is None:
+                arena = self._arenas[shape] = Arena(hidden_states.device)
             return _LayerGraph(layer, arena, read, inputs, constants)
         except torch.OutOfMemoryError:
             raise Unsupported("no memory for a recording") from None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from kernel_inputs import nf4_weight
+from kernel_inputs import nf4_weight, quantised
 from kernel_timing import Subject
 
 from fastgemma.kernels.nf4 import dequantize_nf4, dequantize_nf4_reference
@@ -24,13 +24,13 @@ def test_dequantize_nf4(measure, shape, impl):
     linears += [(keys, hidden)] * (2 if keys else 0)
 
     def make() -> tuple[Any, Any]:
-        dense = (torch.randn(linear, dtype=torch.bfloat16, device=measure.device) for linear in linears)
-        theirs = [quantize_4bit(weight, quant_type="nf4", compress_statistics=True) for weight in dense]
-        return [nf4_weight(*quantised) for quantised in theirs], theirs
+        dense = [torch.randn(linear, dtype=torch.bfloat16, device=measure.device) for linear in linears]
+        theirs = quantised(lambda: [quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense])
+        return [nf4_weight(*weight) for weight in theirs], theirs
 
     run = {
         "fastgemma": lambda ours, theirs: [dequantize_nf4(weight) for weight in ours],
-        "bitsandbytes": lambda ours, theirs: [dequantize_4bit(*quantised) for quantised in theirs],
+        "bitsandbytes": lambda ours, theirs: [dequantize_4bit(*weight) for weight in theirs],
     }[impl]
     weights = sum(rows * columns for rows, columns in linears)
     measure(
