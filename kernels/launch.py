@@ -53,6 +53,44 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("geglu", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 1024}),
     ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 2048}, num_warps=4),
     ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
+    # Rows are (position, head of a group) pairs. A head of which less than all is in BLOCK_D is read in pieces, and its
+    # output is shared by SPLITS programs. Shape classes are head_dim.
+    ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 1}, num_warps=4),
+    ("attention_fwd", "256", "any"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 1}, num_warps=8, num_stages=2
+    ),
+    ("attention_fwd", "512", "any"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 2}, num_warps=8, num_stages=2
+    ),
+    ("attention_fwd", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 2}),
+    ("attention_delta", "any", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
+    ("attention_delta", "any", "interpreter"): Launch({"BLOCK_M": 256}),
+    ("attention_dq", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 1}, num_warps=4),
+    ("attention_dq", "256", "any"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 1}, num_warps=8, num_stages=2
+    ),
+    ("attention_dq", "512", "any"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 2}, num_warps=8, num_stages=2
+    ),
+    ("attention_dq", "256", "sm_100"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 1}, num_warps=8, num_stages=2
+    ),
+    ("attention_dq", "512", "sm_100"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 2}, num_warps=8, num_stages=2
+    ),
+    ("attention_dq", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 2}),
+    ("attention_dkdv", "any", "any"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 1, "PARTS": 1}, num_warps=4
+    ),
+    ("attention_dkdv", "256", "any"): Launch(
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 2, "PARTS": 2}, num_warps=8, num_stages=2
+    ),
+    ("attention_dkdv", "512", "any"): Launch(
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 4, "PARTS": 2}, num_warps=8, num_stages=2
+    ),
+    ("attention_dkdv", "any", "interpreter"): Launch(
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 2, "PARTS": 2}
+    ),
     # One program per row of logits, streaming over the vocabulary.
     ("linear_cross_entropy", "any", "any"): Launch({"BLOCK_V": 4096}, num_warps=8),
     ("linear_cross_entropy", "any", "interpreter"): Launch({"BLOCK_V": 4096}),

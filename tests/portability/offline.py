@@ -146,7 +146,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def operations(dtype: torch.dtype = torch.bfloat16) -> None:
     """Every operation once, forward and backward, on the published shapes with few tokens."""
+    from fastgemma.kernels.attention import attention
     from fastgemma.kernels.geglu import geglu
+    from fastgemma.kernels.key_intervals import key_intervals
     from fastgemma.kernels.linear_cross_entropy import linear_cross_entropy
     from fastgemma.kernels.nf4 import NestedScales, NF4Weight, dequantize_nf4, dequantize_nf4_stack
     from fastgemma.kernels.qk_norm_rope import qk_norm_rope
@@ -186,6 +188,14 @@ def operations(dtype: torch.dtype = torch.bfloat16) -> None:
         weight = NF4Weight(packed, absmax, torch.ones(16), torch.Size((64, 64)), dtype, 64, scales)
         dequantize_nf4(weight)
         dequantize_nf4_stack([weight, weight, weight], dtype)
+    for heads, kv_heads, head_dim, window in (
+        (8, 1, 256, 512),
+        (16, 8, 256, 1024),
+        (8, 1, 512, None),
+        (32, 4, 512, None),
+    ):
+        q, k, v = (rand(2, 16, count, head_dim) for count in (heads, kv_heads, kv_heads))
+        attention(q, k, v, key_intervals(2, 16, q.device, window)).sum().backward()
     labels = torch.zeros(16, dtype=torch.int64)
     head = torch.zeros(262144, 8, dtype=dtype)
     linear_cross_entropy(rand(16, 8), head, labels, softcap=30.0).backward()

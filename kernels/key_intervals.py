@@ -1,0 +1,138 @@
+"""Attention masks as one interval of keys for every query row.
+
+Row i of a batch entry attends to the keys lo[i] <= j < hi[i]. Causal attention, a sliding window, padding on either
+side, documents packed into one row and blocks that attend within themselves in both directions are all of this form,
+in 8 bytes a row instead of a [seq_len, seq_len] matrix:
+
+    hi = i + 1, or the end of i's block      lo = max(start of i's document, i - window + 1)
+
+both cut to the keys that are no padding. A row without keys has lo >= hi.
+
+Source: `transformers.masking_utils`; FlashMask (Wang et al., 2024) describes masks by columns in the same spirit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+# Rows whose bounds are taken together where exact ones would cost memory in the square of the sequence.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class KeyIntervals:
+    """`lo` and `hi` are [batch, seq_len] int32, contiguous.
+
+    What is known of every row without reading them bounds the work on the host: `causal` says that hi <= i + 1, and
+    `window` that i - lo < window.
+    """
+
+    lo: torch.Tensor
+    hi: torch.Tensor
+    causal: bool = True
+    window: int | None = None
+    _rows_of_keys: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, bound in (("lo", self.lo), ("hi", self.hi)):
+            if bound.dtype != torch.int32 or bound.dim() != 2 or not bound.is_contiguous():
+                raise ValueError(
+                    f"fastgemma: {name} of key intervals must be contiguous int32 [batch, seq_len], got {bound.dtype} "
+                    f"{tuple(bound.shape)}."
+                )
+        if self.lo.shape != self.hi.shape or self.lo.device != self.hi.device:
+            raise ValueError("fastgemma: lo and hi of key intervals differ in shape or device.")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.lo.shape
+
+    def dense(self) -> torch.Tensor:
+        """The mask that this stands for: bool [batch, seq_len, seq_len], True where a row attends to a key."""
+        keys = torch.arange(self.lo.shape[1], device=self.lo.device)
+        return (keys >= self.lo[..., None]) & (keys < self.hi[..., None])
+
+    def rows_of_keys(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every block of keys the rows [first, end) that may attend to it: two [batch, blocks] int32.
+
+        No row outside attends to a key of the block; rows inside need not either. Computed once for all layers.
+        """
+        found = self._rows_of_keys.get(block)
+        if found is None:
+            seq_len = self.lo.shape[1]
+            some = self.hi > self.lo
+            lo = _by_blocks(torch.where(some, self.lo, seq_len), seq_len).amin(-1)
+            hi = _by_blocks(torch.where(some, self.hi, 0), 0).amax(-1)
+            starts = torch.arange(0, seq_len, block, device=self.lo.device, dtype=torch.int32)[:, None]
+            touched = (lo[:, None] < starts + block) & (hi[:, None] > starts)
+            rows = torch.arange(0, max(seq_len, 1), _ROWS, device=self.lo.device, dtype=torch.int32)
+            first = torch.where(touched, rows, seq_len).amin(-1)
+            end = torch.where(touched, rows + _ROWS, 0).amax(-1).clamp(max=seq_len)
+            found = self._rows_of_keys[block] = (first.to(torch.int32), end.to(torch.int32))
+        return found
+
+
+def _by_blocks(bounds: torch.Tensor, filling: int) -> torch.Tensor:
+    """[batch, seq_len] as [batch, blocks, _ROWS]."""
+    missing = max(-bounds.shape[1] % _ROWS, _ROWS - bounds.shape[1])  # one block at least
+    return torch.nn.functional.pad(bounds, (0, missing), value=filling).unflatten(1, (-1, _ROWS))
+
+
+def key_intervals(
+    batch: int,
+    seq_len: int,
+    device: torch.device,
+    window: int | None = None,
+    padding_mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+) -> KeyIntervals:
+    """Causal intervals, narrowed and widened as asked.
+
+    Args:
+        window: a row attends to itself and the window - 1 keys before it.
+        padding_mask: [batch, seq_len], 0 at padding, which must lie at the ends of a row: keys between its first and
+            its last token count as tokens.
+        documents: [batch, seq_len] int, a new value where another document starts; attention stays within documents.
+        blocks: [batch, seq_len] int, -1 or the number of a block of consecutive tokens that attend to each other in
+            both directions, as far as the window lets them look back.
+
+    Returns:
+        The intervals on `device`. Nothing here waits for the GPU.
+
+    Raises:
+        ValueError: a window below 1, or tensors of another shape.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"fastgemma: an attention window of {window} keys attends to nothing; give at least 1.")
+    for name, tensor in (("padding_mask", padding_mask), ("documents", documents), ("blocks", blocks)):
+        if tensor is not None and tensor.shape != (batch, seq_len):
+            raise ValueError(f"fastgemma: {name} has shape {tuple(tensor.shape)}, not {(batch, seq_len)}.")
+    rows = torch.arange(seq_len, device=device).expand(batch, seq_len)
+    lo, hi = torch.zeros_like(rows), rows + 1
+    if documents is not None:
+        lo = torch.maximum(lo, _starts(documents.to(device), rows))
+    if blocks is not None:
+        blocks = blocks.to(device)
+        ends = seq_len - _starts(blocks.flip(1), rows).flip(1)
+        inside = blocks >= 0
+        hi = torch.where(inside, ends, hi)
+    if window is not None:
+        lo = torch.maximum(lo, rows - window + 1)
+    if padding_mask is not None:
+        tokens = padding_mask.to(device) != 0
+        last = torch.where(tokens, rows + 1, 0).amax(1, keepdim=True) if seq_len else rows
+        first = torch.where(tokens, rows, seq_len).amin(1, keepdim=True) if seq_len else rows
+        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
+    return KeyIntervals(
+        lo.to(torch.int32).contiguous(), hi.to(torch.int32).contiguous(), causal=blocks is None, window=window
+    )
+
+
+def _starts(labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """For every row where its run of equal labels starts."""
+    changes = torch.ones_like(labels, dtype=torch.bool)
+    changes[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    return torch.where(changes, rows, 0).cummax(1).values

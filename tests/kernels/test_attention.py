@@ -1,0 +1,272 @@
+"""Attention over intervals of keys: against float64, masks and layouts of all kinds, and what must not leak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_checks import (
+    LAYOUTS,
+    assert_float32,
+    assert_no_worse_over_seeds,
+    assert_repeatable_and_read_only,
+    double,
+    evaluate,
+    few_examples,
+    fresh,
+    gpu,
+    record_launches,
+    same_bits,
+)
+
+from fastgemma.kernels import attention_backward, attention_forward, backend
+from fastgemma.kernels import launch as launch_module
+from fastgemma.kernels.attention import attention, attention_reference
+from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
+from fastgemma.kernels.launch import Launch
+
+
+def make(
+    batch: int,
+    seq_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    **options: Any,
+) -> dict[str, Any]:
+    """q, k and v; scores spread as those of trained heads, neither one-hot nor flat."""
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    return {
+        name: fresh(batch, seq_len, count, head_dim, device=device, dtype=dtype, layout=layout, **options)
+        for name, count in shapes.items()
+    }
+
+
+def run(fn: Any, intervals: KeyIntervals, scale: float) -> Any:
+    return lambda q, k, v: fn(q, k, v, intervals, scale)
+
+
+def check(inputs: dict[str, Any], intervals: KeyIntervals, scale: float = 0.3, layout: str = "contiguous") -> None:
+    dout = fresh(*inputs["q"].shape, device=inputs["q"].device, layout=layout, grad=False)
+    truth = evaluate(run(attention_reference, intervals, scale), double(inputs), [double(dout)])
+    assert_float32(evaluate(run(attention, intervals, scale), inputs, [dout]), truth)
+
+
+@pytest.fixture
+def whole_heads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The other form of every kernel: heads of 32 held at once, one program for each tile."""
+    for name in ("attention_fwd", "attention_dq", "attention_dkdv"):
+        blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 32, "SPLITS": 1}
+        blocks |= {"PARTS": 1} if name == "attention_dkdv" else {}
+        for arch in ("any", "interpreter"):
+            monkeypatch.setitem(launch_module.TABLE, (name, "32", arch), Launch(blocks, num_warps=4))
+    launch_module.launch.cache_clear()
+    yield
+    launch_module.launch.cache_clear()
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 31, 32, 33, 65, pytest.param(130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_lengths_and_windows(seq_len: int, window: int | None, device: torch.device) -> None:
+    check(make(1, seq_len, 4, 1, 16, device), key_intervals(1, seq_len, device, window))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (8, 1), (8, 2), (4, 4), (16, 8), (3, 1)])
+def test_grouped_heads(heads: int, kv_heads: int, device: torch.device) -> None:
+    check(make(2, 19, heads, kv_heads, 16, device), key_intervals(2, 19, device, 7))
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, pytest.param(256, marks=pytest.mark.slow), 512])
+def test_head_dims(head_dim: int, device: torch.device) -> None:
+    check(make(1, 37, 2, 1, head_dim, device), key_intervals(1, 37, device, 30), scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_heads_held_at_once(window: int | None, whole_heads: None, device: torch.device) -> None:
+    check(make(2, 67, 4, 2, 32, device), key_intervals(2, 67, device, window), scale=0.2)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_padding_documents_and_blocks(window: int | None, device: torch.device) -> None:
+    padding = torch.ones(4, 40)
+    padding[0, 25:] = 0
+    padding[1, :17] = 0
+    padding[2] = 0  # all of a row is padding
+    intervals = key_intervals(4, 40, device, window, padding_mask=padding)
+    inputs = make(4, 40, 4, 2, 16, device)
+    check(inputs, intervals)
+    out = attention(**inputs, intervals=intervals)
+    assert not out[2].any() and not out[1, :17].any()
+
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate((9, 1, 1, 22, 7))])[None].expand(4, 40)
+    check(inputs, key_intervals(4, 40, device, window, documents=documents))
+    blocks = torch.full((4, 40), -1)
+    blocks[0, 3:30], blocks[1, 35:], blocks[2, :] = 0, 5, 1
+    check(inputs, key_intervals(4, 40, device, window, blocks=blocks))
+
+
+@few_examples
+@given(data=st.data())
+def test_any_intervals(data: st.DataObject) -> None:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    seq_len = data.draw(st.integers(1, 70))
+    bounds = st.lists(st.integers(0, seq_len), min_size=seq_len, max_size=seq_len)
+    lo, hi = (torch.tensor([data.draw(bounds)], dtype=torch.int32, device=device) for _ in range(2))
+    check(make(1, seq_len, 2, 1, 16, device), KeyIntervals(lo, hi, causal=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, device: torch.device) -> None:
+    intervals = key_intervals(2, 21, device, 8)
+    check(make(2, 21, 4, 2, 16, device, layout=layout), intervals)
+    check(make(2, 21, 4, 2, 16, device), intervals, layout=layout)
+
+
+def test_transposed_heads_and_positions_are_read_in_place(device: torch.device) -> None:
+    """As the model holds them: transposed views of contiguous [batch, seq_len, heads, head_dim]."""
+    inputs = make(2, 21, 4, 2, 16, device)
+    rows = attention_forward.attention_fwd(**inputs, intervals=key_intervals(2, 21, device), scale=1.0)[0]
+    views = {name: x.transpose(1, 2).transpose(1, 2) for name, x in inputs.items()}
+    assert same_bits(attention(**views, intervals=key_intervals(2, 21, device)).detach(), rows.detach())
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv"])
+def test_some_gradients(wanted: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(1, 33, 2, 1, 16, device)
+    intervals = key_intervals(1, 33, device)
+    dout = fresh(1, 33, 2, 16, device=device, grad=False)
+    everything = evaluate(run(attention, intervals, 1.0), inputs, [dout])
+    launched = record_launches(monkeypatch, attention_forward, attention_backward)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in wanted)
+    some = evaluate(run(attention, intervals, 1.0), inputs, [dout])
+    for name, value in some.items():
+        assert same_bits(value, everything[name]), name
+    assert [entry.name for entry in launched] == [
+        "_attention_fwd_kernel",
+        "_attention_delta_kernel",
+        *(["_attention_dq_kernel"] if "q" in wanted else []),
+        *(["_attention_dkdv_kernel"] if set(wanted) & {"k", "v"} else []),
+    ]
+
+
+def test_tiles_outside_are_not_visited(device: torch.device) -> None:
+    """Keys that no row attends to are never read: they may hold anything."""
+    inputs = make(1, 96, 2, 1, 16, device)
+    intervals = key_intervals(1, 96, device, padding_mask=(torch.arange(96) >= 64)[None])
+    clean = attention(**inputs, intervals=intervals)
+    with torch.no_grad():
+        inputs["k"][:, :64] = float("nan")
+        inputs["v"][:, :64] = float("nan")
+    assert torch.equal(attention(**inputs, intervals=intervals), clean)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "output gradient"])
+def test_not_finite_stays_in_its_document(name: str, value: float, device: torch.device) -> None:
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate((20, 13, 17))])[None]
+    intervals = key_intervals(1, 50, device, documents=documents)
+    inputs = make(1, 50, 4, 2, 16, device)
+    dout = fresh(1, 50, 4, 16, device=device, grad=False)
+    clean = evaluate(run(attention, intervals, 0.5), inputs, [dout])
+    with torch.no_grad():
+        (dout if name == "output gradient" else inputs[name])[0, 25] = value
+    dirty = evaluate(run(attention, intervals, 0.5), inputs, [dout])
+    others = (documents[0] != 1).to(device)
+    for key, tensor in dirty.items():
+        assert same_bits(tensor[:, others], clean[key][:, others]), key
+    reached = {"q": "dq", "k": "output 0", "v": "output 0", "output gradient": "dq"}[name]
+    assert not dirty[reached].isfinite().all()
+
+
+def test_outliers(device: torch.device) -> None:
+    """Scores of 1e4 and more: one-hot rows, whose gradients are exact zeros or nearly so."""
+    inputs = make(1, 40, 2, 1, 16, device)
+    with torch.no_grad():
+        inputs["q"][0, ::7] = 1e4
+    intervals = key_intervals(1, 40, device)
+    dout = fresh(1, 40, 2, 16, device=device, grad=False)
+    truth = evaluate(run(attention_reference, intervals, 1.0), double(inputs), [double(dout)])
+    actual = evaluate(run(attention, intervals, 1.0), inputs, [dout])
+    for name, value in actual.items():
+        assert value.isfinite().all()
+        # A score of 1e5 has an ulp of 0.008 in float32: what is not one-hot is off by as much, in any implementation.
+        assert (value.double() - truth[name]).norm() <= 2e-2 * truth[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)], ids=str)
+@pytest.mark.parametrize("window", [None, 12])
+def test_half_precision_is_no_worse_than_sdpa(dtype: torch.dtype, window: int | None, device: torch.device) -> None:
+    intervals = key_intervals(1, 45, device, window)
+    mask = intervals.dense()[:, None]
+
+    def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        group = q.shape[2] // k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25)
+        return out.transpose(1, 2)
+
+    ours, theirs, truth = [], [], []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        inputs = make(1, 45, 8, 2, 32, device, dtype)
+        dout = fresh(1, 45, 8, 32, device=device, dtype=dtype, grad=False)
+        ours.append(evaluate(run(attention, intervals, 0.25), inputs, [dout]))
+        theirs.append(evaluate(stock, inputs, [dout]))
+        truth.append(evaluate(run(attention_reference, intervals, 0.25), double(inputs), [double(dout)]))
+    assert_no_worse_over_seeds(ours, theirs, truth)
+
+
+def test_repeatable_and_read_only(device: torch.device) -> None:
+    intervals = key_intervals(2, 70, device, 40)
+    dout = fresh(2, 70, 4, 16, device=device, grad=False)
+    assert_repeatable_and_read_only(run(attention, intervals, 1.0), make(2, 70, 4, 2, 16, device), [dout])
+
+
+def test_saves_its_inputs_its_output_and_a_number_a_row(device: torch.device) -> None:
+    saved: list[torch.Tensor] = []
+    inputs = make(1, 33, 4, 2, 16, device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = attention(**inputs, intervals=key_intervals(1, 33, device))
+    held = {t.data_ptr() for t in (*inputs.values(), out)}
+    (lse,) = (t for t in saved if t.data_ptr() not in held)
+    assert len(saved) == 5 and lse.shape == (1, 33, 4) and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=str)
+def test_empty(shape: tuple[int, int], device: torch.device) -> None:
+    inputs = make(*shape, 4, 2, 16, device)
+    results = evaluate(
+        run(attention, key_intervals(*shape, device), 1.0), inputs, [torch.zeros(*shape, 4, 16, device=device)]
+    )
+    assert results["output 0"].shape == (*shape, 4, 16) and results["dk"].shape == (*shape, 2, 16)
+
+
+def test_runs_the_reference_without_triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(1, 9, 2, 1, 16, device)
+    intervals = key_intervals(1, 9, device)
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    assert torch.equal(attention(**inputs, intervals=intervals), attention_reference(**inputs, intervals=intervals))
+
+
+def test_errors(device: torch.device) -> None:
+    intervals = key_intervals(1, 9, device)
+    inputs = make(1, 9, 4, 2, 16, device)
+    with pytest.raises(TypeError, match="q in torch.float16"):
+        attention(inputs["q"].half(), inputs["k"], inputs["v"], intervals)
+    with pytest.raises(TypeError, match="kernels take"):
+        attention(*(x.double() for x in inputs.values()), intervals)
+    with pytest.raises(ValueError, match="agree in all but"):
+        attention(inputs["q"], inputs["k"][:, :4], inputs["v"], intervals)
+    with pytest.raises(ValueError, match="a multiple of the 2 key/value heads"):
+        attention(inputs["q"][:, :, :3], inputs["k"], inputs["v"], intervals)
+    with pytest.raises(ValueError, match="power of two"):
+        attention(*make(1, 9, 2, 1, 24, device).values(), intervals)
+    with pytest.raises(ValueError, match="do not fit q"):
+        attention(**inputs, intervals=key_intervals(1, 8, device))
