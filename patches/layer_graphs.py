@@ -29,7 +29,7 @@ from fastgemma.kernels.graph_replay import Arena, Replay, Tensors
 from fastgemma.kernels.nf4 import NF4Weight
 from fastgemma.kernels.workspace import card_bytes
 from fastgemma.patches.attention import attend
-from fastgemma.patches.engine import Op
+from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.guards import hooked, unusable
 from fastgemma.patches.projections import Unsupported
 from fastgemma.patches.whole_layer import (
@@ -148,6 +148,20 @@ def _signature(item: Any) -> Any:
     return item
 
 
+def _modes() -> tuple[Any, ...]:
+    """Global switches that decide which kernels torch runs."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
 def _form(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
 
@@ -176,7 +190,8 @@ class LayerGraphs:
             read_after(layer, hidden_states, per_layer_input),  # type: ignore[arg-type]
         )
         forms = tuple(map(_form, (*inputs, *constants)))
-        key = (forms, torch.is_autocast_enabled(hidden_states.device.type), _signature(read))  # type: ignore[union-attr]
+        attention = layer.self_attn
+        key = (forms, attention.scaling, attention.sliding_window, _modes(), _signature(read))
         with self._lock:
             known = self._layers.get(layer)
             if known is None:
@@ -204,6 +219,8 @@ class LayerGraphs:
         trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
         if not all(tensor.is_leaf for tensor in trained):
             raise Unsupported("trained tensors that are computed")
+        if not trained and not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+            raise Unsupported("nothing to differentiate")
         if sum(tensor.numel() * tensor.element_size() for tensor in trained) > _MAX_TRAINED_BYTES:
             raise Unsupported("large trained weights")
         hidden_states = inputs[0]
@@ -216,6 +233,12 @@ class LayerGraphs:
             return _LayerGraph(layer, arena, read, inputs, constants)
         except torch.OutOfMemoryError:
             raise Unsupported("no memory for a recording") from None
+        except RuntimeError as error:
+            raise PatchError(
+                f"fastgemma: a decoder layer could not be recorded as a CUDA graph ({str(error).splitlines()[0]}). No "
+                "loss was computed, and the random state of this process may be unusable. Start again with "
+                "fastgemma.patch(cuda_graphs=False), and please report it."
+            ) from error
 
 
 def _not_worth(mode: bool | str, hidden_states: torch.Tensor) -> str | None:

@@ -182,6 +182,10 @@ def _drop(model: nn.Module) -> None:
     layers(model)[1].mlp.down_proj.lora_dropout["default"] = nn.Dropout(0.5)
 
 
+def _rescale_scores(model: nn.Module) -> None:
+    layers(model)[0].self_attn.scaling *= 0.5
+
+
 def _new_norm(model: nn.Module) -> None:
     norm = layers(model)[0].input_layernorm
     norm.weight = nn.Parameter(1.5 * norm.weight.detach(), requires_grad=False)
@@ -192,7 +196,10 @@ def _new_norm(model: nn.Module) -> None:
     [
         _swap_data,
         _scale,
-        *(pytest.param(case, marks=pytest.mark.slow) for case in (_freeze, _train_norm, _disable, _drop, _new_norm)),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (_freeze, _train_norm, _disable, _drop, _new_norm, _rescale_scores)
+        ),
     ],
 )
 def test_a_changed_layer_is_recorded_anew(change: Callable[[nn.Module], None], warm: nn.Module) -> None:
@@ -396,6 +403,30 @@ def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(graph_replay.Graph, "__init__", none_left)
             assert_same(step(model), expected)
             assert counts()[1]["no memory for a recording"] == len(layers(model))
+
+
+def test_a_recording_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one_layer()
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with fastgemma.patched(cuda_graphs="always"):
+        for _ in range(2):
+            step(model)
+        monkeypatch.setattr(graph_replay.Graph, "__init__", fail)
+        with pytest.raises(fastgemma.PatchError, match=r"not permitted when stream is capturing\).*cuda_graphs=False"):
+            step(model)
+
+
+def test_a_frozen_model_is_left_alone() -> None:
+    model = one_layer()
+    model.get_input_embeddings()._forward_hooks.clear()  # those that make its output require gradients
+    model.requires_grad_(False)
+    with fastgemma.patched(cuda_graphs="always"):
+        for _ in range(4):
+            model(**structures.batch("padding", device=DEVICE))
+        assert counts() == (0, {"first calls of a shape": 2, "nothing to differentiate": 2})
 
 
 def test_recordings_die_with_the_model_and_with_the_patch(arenas: list[weakref.ref[Any]]) -> None:
