@@ -40,14 +40,15 @@ from fastgemma.patches.whole_layer import (
     before_attention,
     count_after,
     count_before,
+    is_stock,
     read_after,
     read_before,
 )
 
 # Calls of a shape that run as ever: kernels are compiled and loaded in them, backwards included.
 _PLAIN_CALLS = 2
-# A shape is recorded once every so many calls have it, and a layer keeps so many recordings.
-_SHARE = 8
+# A layer keeps so many recordings, and a shape is recorded when at least that share of all calls has it: no more shapes
+# qualify than are kept.
 _MAX_GRAPHS = 4
 _MAX_COUNTED = 256
 # The host is the limit up to about this many rows for each of the card's multiprocessors. Cards with less memory than
@@ -157,7 +158,8 @@ def _modes() -> tuple[Any, ...]:
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        # Torch's older getter raises where TF32 was switched on by the newer setting.
+        getattr(cuda.matmul, "fp32_precision", None),
         torch.is_autocast_enabled("cuda"),
     )
 
@@ -191,7 +193,8 @@ class LayerGraphs:
         )
         forms = tuple(map(_form, (*inputs, *constants)))
         attention = layer.self_attn
-        key = (forms, attention.scaling, attention.sliding_window, _modes(), _signature(read))
+        switches = (attention.scaling, attention.sliding_window, attention.is_causal, attention.num_key_value_groups)
+        key = (forms, switches, _modes(), _signature(read))
         with self._lock:
             known = self._layers.get(layer)
             if known is None:
@@ -203,7 +206,7 @@ class LayerGraphs:
             if graph is None:
                 if known.calls[key] <= _PLAIN_CALLS:
                     raise Unsupported("first calls of a shape")
-                if _SHARE * known.calls[key] < known.calls.total():
+                if _MAX_GRAPHS * known.calls[key] < known.calls.total():
                     raise Unsupported("shapes that vary")
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
@@ -278,6 +281,8 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         reason = unusable(hidden_states) or _not_worth(op.mode, hidden_states)
         if reason is not None:
             raise Unsupported(reason)
+        if not is_stock(type(layer)) or layer._compiled_call_impl is not None:
+            raise Unsupported("a layer whose own call is not stock's")
         if hooked(layer) or torch.is_anomaly_enabled():
             raise Unsupported("hooks on the layer, or anomaly detection")
         if not _plainly_checkpointed(layer):
@@ -288,6 +293,8 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         for name, value in rest.items():
             if value is not None and name not in _UNREAD:
                 raise Unsupported(f"the argument {name}")
+        if mask is not None and mask.requires_grad:
+            raise Unsupported("gradient through the mask")
         attention = layer.self_attn
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, attend)
         if interface is not sdpa_attention_forward or attention.attention_dropout:
@@ -311,13 +318,17 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         hidden_states = args[0] if args else rest.pop("hidden_states")
         # gemma4's layers take it second; gemma4_unified's know none.
         per_layer_input = args[1] if len(args) > 1 else rest.pop("per_layer_input", None)
+        reason = None
         try:
             if len(args) > (2 if hasattr(self, "hidden_size_per_layer_input") else 1):
                 raise Unsupported("positional arguments")
             inputs, constants, shared = arguments(self, hidden_states, per_layer_input, rest)
             graph = graphs.find(self, inputs, constants)
         except Unsupported as unsupported:
-            op.fallback(str(unsupported))
+            # Left before the plain call: the exception of a failed recording keeps that recording's memory alive.
+            reason = str(unsupported)
+        if reason is not None:
+            op.fallback(reason)
             return original(self, *args, **kwargs)
         op.fast()
         count_before(parts)

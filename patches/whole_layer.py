@@ -29,7 +29,7 @@ _FEEDFORWARD_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 @functools.cache
-def _is_stock(kind: Any) -> bool:
+def is_stock(kind: Any) -> bool:
     """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""
     return kind.__module__.startswith("transformers.models.gemma4")
 
@@ -37,7 +37,7 @@ def _is_stock(kind: Any) -> bool:
 def _part(layer: nn.Module, name: str) -> Any:
     module: Any = layer._modules.get(name)
     kind: Any = type(module)
-    if not _is_stock(kind) or hooked(module):
+    if not is_stock(kind) or hooked(module):
         raise Unsupported(f"{name} does more than stock's")
     return module
 
