@@ -281,7 +281,8 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         reason = unusable(hidden_states) or _not_worth(op.mode, hidden_states)
         if reason is not None:
             raise Unsupported(reason)
-        if not is_stock(type(layer)) or layer._compiled_call_impl is not None:
+        kind: Any = type(layer)
+        if not is_stock(kind) or layer._compiled_call_impl is not None:
             raise Unsupported("a layer whose own call is not stock's")
         if hooked(layer) or torch.is_anomaly_enabled():
             raise Unsupported("hooks on the layer, or anomaly detection")
