@@ -99,29 +99,24 @@ def _plain_autograd() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cache)
 
 
-def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-
-
 def _generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 class Arena:
-    """Buffers and memory of the graphs of one shape on one device, which run one after another on one stream."""
+    """Buffers and memory of the graphs of one shape, which one thread runs one after another on one stream.
+
+    Only the backwards run elsewhere: in autograd's thread of the device, on the same stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = _stream(device)
         self._buffers: dict[Any, torch.Tensor] = {}
         self.pool = Graph.new_pool()
         # A pool ends with its last graph: this one outlives those that are evicted, or whose recording fails.
         self._anchor = Graph(lambda: self.buffer("anchor", (1,), torch.float32).zero_(), self.pool)
         self.lock = threading.RLock()  # autograd runs backwards in threads of its own
         self._loaded: dict[Any, tuple[torch.Tensor, int]] = {}
-
-    def on_its_stream(self) -> bool:
-        return _stream(self.device) == self.stream
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         key = (name, tuple(shape), dtype)

@@ -45,7 +45,7 @@ from fastgemma.patches.whole_layer import (
     read_before,
 )
 
-# Calls of a shape that run as ever: kernels are compiled and loaded in them, backwards included.
+# Calls of a shape that run as ever: recording takes about as long as a few of them, and has to come back.
 _PLAIN_CALLS = 2
 # A layer keeps so many recordings, and a shape is recorded when at least that share of all calls has it: no more shapes
 # qualify than are kept.
@@ -164,6 +164,10 @@ def _modes() -> tuple[Any, ...]:
     )
 
 
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
 def _form(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
 
@@ -175,10 +179,12 @@ class LayerGraphs:
         self._layers: weakref.WeakKeyDictionary[Any, _Layer] = weakref.WeakKeyDictionary()
         self._arenas: weakref.WeakValueDictionary[Any, Arena] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()
+        self._full = False  # a recording found no memory; another attempt would cost as much and find none either
 
     def clear(self) -> None:
         with self._lock:
             self._layers.clear()
+            self._full = False
 
     def find(self, layer: Any, inputs: Tensors, constants: Tensors) -> _LayerGraph:
         """The recording of this layer for these arguments, made now if it is time.
@@ -194,7 +200,9 @@ class LayerGraphs:
         forms = tuple(map(_form, (*inputs, *constants)))
         attention = layer.self_attn
         switches = (attention.scaling, attention.sliding_window, attention.is_causal, attention.num_key_value_groups)
-        key = (forms, switches, _modes(), _signature(read))
+        # Recordings share buffers, so they belong to the thread and the stream that they are run from.
+        place = (hidden_states.device, _stream(hidden_states.device), threading.get_ident())  # type: ignore[union-attr]
+        key = (place, forms, switches, _modes(), _signature(read))
         with self._lock:
             known = self._layers.get(layer)
             if known is None:
@@ -208,17 +216,16 @@ class LayerGraphs:
                     raise Unsupported("first calls of a shape")
                 if _MAX_GRAPHS * known.calls[key] < known.calls.total():
                     raise Unsupported("shapes that vary")
+                graph = self._record(layer, (place, *forms[0][:2]), read, inputs, constants)
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
-                graph = self._record(layer, forms, read, inputs, constants)
-            if not graph.replay.arena.on_its_stream():
-                raise Unsupported("another stream")
             known.graphs[key] = graph
             return graph
 
     def _record(
-        self, layer: Any, forms: Any, read: tuple[Before, After], inputs: Tensors, constants: Tensors
+        self, layer: Any, shape: Any, read: tuple[Before, After], inputs: Tensors, constants: Tensors
     ) -> _LayerGraph:
+        """`shape`: under which recordings share an arena."""
         trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
         if not all(tensor.is_leaf for tensor in trained):
             raise Unsupported("trained tensors that are computed")
@@ -226,15 +233,15 @@ class LayerGraphs:
             raise Unsupported("nothing to differentiate")
         if sum(tensor.numel() * tensor.element_size() for tensor in trained) > _MAX_TRAINED_BYTES:
             raise Unsupported("large trained weights")
-        hidden_states = inputs[0]
-        assert hidden_states is not None
-        shape = (hidden_states.device, *forms[0][:2])
+        if self._full:
+            raise Unsupported("no memory for a recording")
         try:
             arena = self._arenas.get(shape)
             if arena is None:
-                arena = self._arenas[shape] = Arena(hidden_states.device)
+                arena = self._arenas[shape] = Arena(shape[0][0])
             return _LayerGraph(layer, arena, read, inputs, constants)
         except torch.OutOfMemoryError:
+            self._full = True
             raise Unsupported("no memory for a recording") from None
         except RuntimeError as error:
             raise PatchError(

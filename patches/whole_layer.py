@@ -45,8 +45,8 @@ def _part(layer: nn.Module, name: str) -> Any:
 def _norm(layer: nn.Module, name: str, x: torch.Tensor, eps: float | None = None) -> Any:
     norm = _part(layer, name)
     reason = norm_unusable(norm, x)
-    if reason is None and not norm.with_scale:
-        reason = "norm without a weight"
+    if reason is None and norm._parameters.get("weight") is None:
+        reason = "norm without a weight of its own"  # or a replica of DataParallel's, which has no parameters
     if reason is None and eps not in (None, norm.eps):
         reason = "norms with different eps"
     if reason is not None:
@@ -100,6 +100,8 @@ def read_before(
     linears = qkv_layers(attention)
     modules = attention._modules
     q_norm, k_norm = modules["q_norm"], modules.get("k_norm")
+    if any(norm is not None and norm._parameters.get("weight") is None for norm in (q_norm, k_norm)):
+        raise Unsupported("norm without a weight of its own")
     return Before(
         norm._parameters["weight"],
         projections.read(linears, hidden_states),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -405,7 +406,7 @@ def test_few_recordings_are_kept(arenas: list[weakref.ref[Any]], monkeypatch: py
 
 
 def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
+    model = one_layer()
     expected = plainly(lambda: step(model))
 
     def none_left(*_: Any) -> Any:
@@ -418,6 +419,29 @@ def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(graph_replay.Graph, "__init__", none_left)
             assert_same(step(model), expected)
             assert counts()[1]["no memory for a recording"] == len(layers(model))
+        step(model)  # not tried again
+        assert counts()[0] == 0 and counts()[1]["no memory for a recording"] == 2 * len(layers(model))
+    with fastgemma.patched(cuda_graphs=False):
+        pass
+    with fastgemma.patched(cuda_graphs="always"):
+        for _ in range(3):
+            step(model)
+        assert counts()[0] == len(layers(model))
+
+
+def test_another_thread_records_for_itself(arenas: list[weakref.ref[Any]]) -> None:
+    model = one_layer()
+    expected = plainly(lambda: step(model))
+    found: list[Results] = []
+    with fastgemma.patched(cuda_graphs="always"):
+        for _ in range(3):
+            step(model)
+        thread = threading.Thread(target=lambda: found.extend(step(model) for _ in range(3)))
+        thread.start()
+        thread.join()
+        assert counts() == (2, {"first calls of a shape": 4}) and len(arenas) == 2
+    for got in found:
+        assert_same(got, expected)
 
 
 def test_a_recording_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,20 @@ def _other_eps_of_keys(layer: Any) -> None:
     layer.self_attn.k_norm.eps = 1e-3
 
 
+def _as_a_replica(norm: Any) -> None:
+    """As DataParallel's replicas hold it: an attribute, and no parameter."""
+    weight = norm._parameters.pop("weight")
+    norm.weight = weight.detach()
+
+
+def _replicate_norm(layer: Any) -> None:
+    _as_a_replica(layer.pre_feedforward_layernorm)
+
+
+def _replicate_norm_of_queries(layer: Any) -> None:
+    _as_a_replica(layer.self_attn.q_norm)
+
+
 def _other_dropout(layer: Any) -> None:
     layer.mlp.up_proj.lora_dropout["default"] = nn.AlphaDropout(0.5)
 
@@ -123,6 +137,8 @@ def _other_dropout(layer: Any) -> None:
                 (_subclass_mlp, 1, 0),
                 (_other_eps, 1, 0),
                 (_other_eps_of_keys, 0, 0),
+                (_replicate_norm, 1, 0),
+                (_replicate_norm_of_queries, 0, 0),
                 (_other_dropout, 1, 0),
             )
         ),
