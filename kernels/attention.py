@@ -19,15 +19,10 @@ from fastgemma.kernels.backend import check_dtype, runs_kernel
 from fastgemma.kernels.key_intervals import KeyIntervals
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` [batch, seq_len, heads, head_dim] with heads and dimensions one behind the other, as the kernels read it."""
-    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, intervals, scale):
-        rows = _rows(q), _rows(k), _rows(v)
+        rows = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse = attention_fwd(*rows, intervals, scale)
         ctx.intervals, ctx.scale = intervals, scale
         ctx.save_for_backward(*rows, out, lse)
@@ -39,7 +34,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
         dq, dk, dv = attention_bwd(
-            _rows(dout), q, k, v, out, lse, ctx.intervals, ctx.scale, (needs[0], needs[1] or needs[2])
+            dout.contiguous(), q, k, v, out, lse, ctx.intervals, ctx.scale, (needs[0], needs[1] or needs[2])
         )
         return dq, dk if needs[1] else None, dv if needs[2] else None, None, None
 

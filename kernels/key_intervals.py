@@ -13,12 +13,13 @@ Source: `transformers.masking_utils`; FlashMask (Wang et al., 2024) describes ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 # Rows whose bounds are taken together where exact ones would cost memory in the square of the sequence.
-_ROWS = 64
+ROWS_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,24 @@ class KeyIntervals:
         if self.lo.shape != self.hi.shape or self.lo.device != self.hi.device:
             raise ValueError("fastgemma: lo and hi of key intervals differ in shape or device.")
 
+    @classmethod
+    def from_tensors(
+        cls, tensors: Sequence[torch.Tensor], causal: bool, window: int | None, blocks: Sequence[int]
+    ) -> KeyIntervals:
+        """The same intervals as those whose `tensors(blocks)` these are, or were copied from."""
+        lo, hi, *bounds = tensors
+        return cls(lo, hi, causal, window, dict(zip(blocks, zip(bounds[::2], bounds[1::2]))))
+
+    def tensors(self, blocks: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """All that kernels read: lo, hi, and `rows_of_keys` of these sizes of blocks."""
+        return self.lo, self.hi, *(bound for block in blocks for bound in self.rows_of_keys(block))
+
+    def to(self, device: torch.device) -> KeyIntervals:
+        """Itself where it is on that device."""
+        if device == self.lo.device:
+            return self
+        return KeyIntervals(self.lo.to(device), self.hi.to(device), self.causal, self.window)
+
     @property
     def shape(self) -> torch.Size:
         return self.lo.shape
@@ -53,6 +72,11 @@ class KeyIntervals:
         """The mask that this stands for: bool [batch, seq_len, seq_len], True where a row attends to a key."""
         keys = torch.arange(self.lo.shape[1], device=self.lo.device)
         return (keys >= self.lo[..., None]) & (keys < self.hi[..., None])
+
+    def tiles_of_rows(self, start: int, stop: int, block: int) -> tuple[int, int]:
+        """The tiles of `block` keys [first, end) that rows from `start` to `stop` can attend to, by what is known."""
+        first = 0 if self.window is None else max(start - self.window + 1, 0) // block
+        return first, -(-(stop if self.causal else self.lo.shape[1]) // block)
 
     def rows_of_keys(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For every block of keys the rows [first, end) that may attend to it: two [batch, blocks] int32.
@@ -67,17 +91,17 @@ class KeyIntervals:
             hi = _by_blocks(torch.where(some, self.hi, 0), 0).amax(-1)
             starts = torch.arange(0, seq_len, block, device=self.lo.device, dtype=torch.int32)[:, None]
             touched = (lo[:, None] < starts + block) & (hi[:, None] > starts)
-            rows = torch.arange(0, max(seq_len, 1), _ROWS, device=self.lo.device, dtype=torch.int32)
+            rows = torch.arange(0, max(seq_len, 1), ROWS_TOGETHER, device=self.lo.device, dtype=torch.int32)
             first = torch.where(touched, rows, seq_len).amin(-1)
-            end = torch.where(touched, rows + _ROWS, 0).amax(-1).clamp(max=seq_len)
+            end = torch.where(touched, rows + ROWS_TOGETHER, 0).amax(-1).clamp(max=seq_len)
             found = self._rows_of_keys[block] = (first.to(torch.int32), end.to(torch.int32))
         return found
 
 
 def _by_blocks(bounds: torch.Tensor, filling: int) -> torch.Tensor:
-    """[batch, seq_len] as [batch, blocks, _ROWS]."""
-    missing = max(-bounds.shape[1] % _ROWS, _ROWS - bounds.shape[1])  # one block at least
-    return torch.nn.functional.pad(bounds, (0, missing), value=filling).unflatten(1, (-1, _ROWS))
+    """[batch, seq_len] as [batch, blocks, ROWS_TOGETHER]."""
+    missing = max(-bounds.shape[1] % ROWS_TOGETHER, ROWS_TOGETHER - bounds.shape[1])  # one block at least
+    return torch.nn.functional.pad(bounds, (0, missing), value=filling).unflatten(1, (-1, ROWS_TOGETHER))
 
 
 def key_intervals(
@@ -88,6 +112,7 @@ def key_intervals(
     padding_mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
+    blocks_in_window: bool = True,
 ) -> KeyIntervals:
     """Causal intervals, narrowed and widened as asked.
 
@@ -97,7 +122,8 @@ def key_intervals(
             its last token count as tokens.
         documents: [batch, seq_len] int, a new value where another document starts; attention stays within documents.
         blocks: [batch, seq_len] int, -1 or the number of a block of consecutive tokens that attend to each other in
-            both directions, as far as the window lets them look back.
+            both directions.
+        blocks_in_window: whether the window bounds how far the tokens of a block look back.
 
     Returns:
         The intervals on `device`. Nothing here waits for the GPU.
@@ -112,22 +138,30 @@ def key_intervals(
             raise ValueError(f"fastgemma: {name} has shape {tuple(tensor.shape)}, not {(batch, seq_len)}.")
     rows = torch.arange(seq_len, device=device).expand(batch, seq_len)
     lo, hi = torch.zeros_like(rows), rows + 1
-    if documents is not None:
-        lo = torch.maximum(lo, _starts(documents.to(device), rows))
+    block_starts = None
     if blocks is not None:
         blocks = blocks.to(device)
-        ends = seq_len - _starts(blocks.flip(1), rows).flip(1)
         inside = blocks >= 0
-        hi = torch.where(inside, ends, hi)
+        hi = torch.where(inside, _ends(blocks, rows), hi)
+        block_starts = torch.where(inside, _starts(blocks, rows), seq_len)
     if window is not None:
         lo = torch.maximum(lo, rows - window + 1)
+        if block_starts is not None and not blocks_in_window:
+            lo = torch.minimum(lo, block_starts)
+    if documents is not None:
+        documents = documents.to(device)
+        lo = torch.maximum(lo, _starts(documents, rows))
+        hi = torch.minimum(hi, _ends(documents, rows))
     if padding_mask is not None:
         tokens = padding_mask.to(device) != 0
         last = torch.where(tokens, rows + 1, 0).amax(1, keepdim=True) if seq_len else rows
         first = torch.where(tokens, rows, seq_len).amin(1, keepdim=True) if seq_len else rows
         lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
     return KeyIntervals(
-        lo.to(torch.int32).contiguous(), hi.to(torch.int32).contiguous(), causal=blocks is None, window=window
+        lo.to(torch.int32).contiguous(),
+        hi.to(torch.int32).contiguous(),
+        causal=blocks is None,
+        window=window if blocks is None or blocks_in_window else None,
     )
 
 
@@ -136,3 +170,8 @@ def _starts(labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     changes = torch.ones_like(labels, dtype=torch.bool)
     changes[:, 1:] = labels[:, 1:] != labels[:, :-1]
     return torch.where(changes, rows, 0).cummax(1).values
+
+
+def _ends(labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """For every row where its run of equal labels ends, exclusively."""
+    return labels.shape[1] - _starts(labels.flip(1), rows).flip(1)

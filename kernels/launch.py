@@ -53,44 +53,47 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("geglu", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 1024}),
     ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 2048}, num_warps=4),
     ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
-    # Rows are (position, head of a group) pairs. A head of which less than all is in BLOCK_D is read in pieces, and its
-    # output is shared by SPLITS programs. Shape classes are head_dim.
-    ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 1}, num_warps=4),
-    ("attention_fwd", "256", "any"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 1}, num_warps=8, num_stages=2
+    # Rows are (position, head of a group) pairs; shape classes are head_dim, "any" for float32. BLOCK_D and DIMS are
+    # pieces of a head, at most (`attention_tiles.tiles` cuts them to the head). BLOCK_M of "ds" is a
+    # multiple of the others' and of the BLOCK_K of "dkdv", its BLOCK_N one of every other BLOCK_N and BLOCK_K.
+    ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
+    ("attention_fwd", "256", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
+    ("attention_fwd", "256", "sm_90"): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    ("attention_fwd", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128}),
+    ("attention_scores", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
+    ("attention_scores", "512", "any"): Launch(
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3
     ),
-    ("attention_fwd", "512", "any"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 2}, num_warps=8, num_stages=2
+    ("attention_scores", "512", "sm_90"): Launch(
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=4, num_stages=3
     ),
-    ("attention_fwd", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 2}),
+    ("attention_scores", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_D": 512}),
+    ("attention_output", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
+    ("attention_output", "512", "any"): Launch({"BLOCK_M": 128, "BLOCK_K": 32, "DIMS": 128}, num_warps=8, num_stages=3),
+    ("attention_output", "512", "sm_90"): Launch(
+        {"BLOCK_M": 128, "BLOCK_K": 64, "DIMS": 256}, num_warps=8, num_stages=3
+    ),
+    ("attention_output", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
     ("attention_delta", "any", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
     ("attention_delta", "any", "interpreter"): Launch({"BLOCK_M": 256}),
-    ("attention_dq", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 1}, num_warps=4),
-    ("attention_dq", "256", "any"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 1}, num_warps=8, num_stages=2
-    ),
-    ("attention_dq", "512", "any"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "SPLITS": 2}, num_warps=8, num_stages=2
-    ),
-    ("attention_dq", "256", "sm_100"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 1}, num_warps=8, num_stages=2
-    ),
-    ("attention_dq", "512", "sm_100"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 2}, num_warps=8, num_stages=2
-    ),
-    ("attention_dq", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 2}),
-    ("attention_dkdv", "any", "any"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 1, "PARTS": 1}, num_warps=4
-    ),
-    ("attention_dkdv", "256", "any"): Launch(
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 2, "PARTS": 2}, num_warps=8, num_stages=2
-    ),
-    ("attention_dkdv", "512", "any"): Launch(
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64, "SPLITS": 4, "PARTS": 2}, num_warps=8, num_stages=2
-    ),
-    ("attention_dkdv", "any", "interpreter"): Launch(
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16, "SPLITS": 2, "PARTS": 2}
-    ),
+    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
+    ("attention_ds", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_D": 512}),
+    ("attention_dq", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
+    ("attention_dq", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
+    ("attention_dkdv", "any", "any"): Launch({"BLOCK_N": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
+    ("attention_dkdv", "any", "interpreter"): Launch({"BLOCK_N": 128, "BLOCK_K": 512, "DIMS": 512}),
+    **{
+        (f"attention_{name}", head_dim, architecture): row
+        for head_dim in ("256", "512")
+        for name, architecture, row in (
+            ("ds", "any", Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=8, num_stages=3)),
+            ("ds", "sm_90", Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3)),
+            ("dq", "any", Launch({"BLOCK_M": 128, "BLOCK_K": 32, "DIMS": 128}, num_warps=8, num_stages=3)),
+            ("dq", "sm_90", Launch({"BLOCK_M": 128, "BLOCK_K": 64, "DIMS": 256}, num_warps=8, num_stages=3)),
+            ("dkdv", "any", Launch({"BLOCK_N": 64, "BLOCK_K": 32, "DIMS": 128}, num_warps=8, num_stages=3)),
+            ("dkdv", "sm_90", Launch({"BLOCK_N": 128, "BLOCK_K": 64, "DIMS": 128}, num_warps=8, num_stages=4)),
+        )
+    },
     # One program per row of logits, streaming over the vocabulary.
     ("linear_cross_entropy", "any", "any"): Launch({"BLOCK_V": 4096}, num_warps=8),
     ("linear_cross_entropy", "any", "interpreter"): Launch({"BLOCK_V": 4096}),
@@ -104,6 +107,14 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from kernel_checks import (
     same_bits,
 )
 
-from fastgemma.kernels import attention_backward, attention_forward, backend
+from fastgemma.kernels import attention_backward, attention_forward, attention_tiles, attention_wide, backend
 from fastgemma.kernels import launch as launch_module
 from fastgemma.kernels.attention import attention, attention_reference
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
@@ -58,17 +59,32 @@ def check(inputs: dict[str, Any], intervals: KeyIntervals, scale: float = 0.3, l
     assert_float32(evaluate(run(attention, intervals, scale), inputs, [dout]), truth)
 
 
-@pytest.fixture
-def whole_heads(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The other form of every kernel: heads of 32 held at once, one program for each tile."""
-    for name in ("attention_fwd", "attention_dq", "attention_dkdv"):
-        blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 32, "SPLITS": 1}
-        blocks |= {"PARTS": 1} if name == "attention_dkdv" else {}
-        for arch in ("any", "interpreter"):
-            monkeypatch.setitem(launch_module.TABLE, (name, "32", arch), Launch(blocks, num_warps=4))
+SMALL = {
+    "fwd": {"BLOCK_M": 64, "BLOCK_N": 32},
+    "scores": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
+    "output": {"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16},
+    "ds": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
+    "dq": {"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16},
+    "dkdv": {"BLOCK_N": 32, "BLOCK_K": 32, "DIMS": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles so small that short sequences take several, in every direction."""
+    for name, blocks in SMALL.items():
+        monkeypatch.setitem(launch_module.TABLE, (f"attention_{name}", "any", "interpreter"), Launch(blocks))
     launch_module.launch.cache_clear()
+    attention_tiles._tiles.cache_clear()
     yield
     launch_module.launch.cache_clear()
+    attention_tiles._tiles.cache_clear()
+
+
+@pytest.fixture
+def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace so small that 130 positions go in chunks of 64."""
+    monkeypatch.setattr(attention_wide, "_ENOUGH", 1)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 31, 32, 33, 65, pytest.param(130, marks=pytest.mark.slow)])
@@ -88,8 +104,20 @@ def test_head_dims(head_dim: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_heads_held_at_once(window: int | None, whole_heads: None, device: torch.device) -> None:
-    check(make(2, 67, 4, 2, 32, device), key_intervals(2, 67, device, window), scale=0.2)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_chunks_of_positions(blocks: bool, window: int | None, few_positions: None, device: torch.device) -> None:
+    lengths = torch.full((1, 150), -1)
+    lengths[0, 50:90] = 1  # rows that attend beyond their chunk
+    intervals = key_intervals(1, 150, device, window, blocks=lengths if blocks else None)
+    check(make(1, 150, 3, 1, 16, device), intervals, scale=0.2)
+
+
+@pytest.mark.parametrize("window", [1, 30, 100])
+def test_windows_reuse_the_workspace(window: int, device: torch.device) -> None:
+    """Longer than the tiles that a row can reach, so that tiles of keys take each other's places."""
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate((200, 3, 97, 200))])[None]
+    for packed in (None, documents):
+        check(make(1, 500, 2, 1, 16, device), key_intervals(1, 500, device, window, documents=packed), scale=0.2)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -142,15 +170,17 @@ def test_some_gradients(wanted: str, device: torch.device, monkeypatch: pytest.M
     intervals = key_intervals(1, 33, device)
     dout = fresh(1, 33, 2, 16, device=device, grad=False)
     everything = evaluate(run(attention, intervals, 1.0), inputs, [dout])
-    launched = record_launches(monkeypatch, attention_forward, attention_backward)
+    launched = record_launches(monkeypatch, attention_wide, attention_backward)
     for name, tensor in inputs.items():
         tensor.requires_grad_(name in wanted)
     some = evaluate(run(attention, intervals, 1.0), inputs, [dout])
     for name, value in some.items():
         assert same_bits(value, everything[name]), name
     assert [entry.name for entry in launched] == [
-        "_attention_fwd_kernel",
+        "_attention_scores_kernel",
+        "_attention_output_kernel",
         "_attention_delta_kernel",
+        "_attention_ds_kernel",
         *(["_attention_dq_kernel"] if "q" in wanted else []),
         *(["_attention_dkdv_kernel"] if set(wanted) & {"k", "v"} else []),
     ]
