@@ -17,6 +17,7 @@ FEATURES: dict[str, tuple[bool | str, tuple[bool | str, ...]]] = {
     "rope": (True, (True, False)),
     "geglu": (True, (True, False)),
     "lora": (True, (True, False)),
+    "attention": (True, (True, False)),
     "cross_entropy": (True, (True, False)),
     "per_layer_embeddings": ("auto", ("auto", "host", "gpu", True, False)),
     "checkpointing": (True, (True, False)),

@@ -1,4 +1,4 @@
-"""The projections and norms around Gemma 4's attention; the attention itself stays stock."""
+"""Gemma 4's attention: its projections and norms, and the attention itself where the masks are intervals of keys."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastgemma.kernels.attention import attention as interval_attention
+from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.patches import projections
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, plain, unusable
+from fastgemma.patches.interval_masks import IntervalMask, takes_intervals
 
 
 def rotary_dim(attention: Any) -> int:
@@ -58,20 +61,36 @@ def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch
     return None
 
 
+def _attention_unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why attention over intervals cannot run on these, or None."""
+    reason = unusable(query)
+    if reason is not None:
+        return reason
+    if query.is_cuda and query.dtype == torch.float32 and not interpreting():
+        return "float32"
+    if not query.dtype == key.dtype == value.dtype:
+        return "queries, keys and values in different dtypes"
+    if query.shape[2] != key.shape[2]:
+        return "keys from a cache"
+    head_dim = query.shape[3]
+    return f"heads of {head_dim}" if head_dim < 16 or head_dim & (head_dim - 1) else None
+
+
 def attend(
+    op: Op,
     eager: Callable[..., Any],
     attention: Any,
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | IntervalMask | None,
     shared_kv_states: Any,
     past_key_values: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stock's own attention over normed and rotated [batch, heads, seq_len, head_dim], caches and sharing included.
+    """Attention over normed and rotated [batch, heads, seq_len, head_dim], caches and sharing included.
 
-    `eager` is the family's `eager_attention_forward`.
+    Over intervals of keys it is ours, over any other mask stock's. `eager` is the family's `eager_attention_forward`.
 
     Returns:
         [batch, seq_len, heads * head_dim], and the attention weights where the implementation gives them.
@@ -83,6 +102,16 @@ def attend(
         key, value = past_key_values.update(key, value, attention.layer_idx)
     if attention.store_full_length_kv:
         shared_kv_states[attention.layer_type] = key, value
+    if isinstance(attention_mask, IntervalMask):
+        assert key is not None and value is not None
+        reason = _attention_unusable(query, key, value)
+        if reason is None:
+            op.fast()
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            output = interval_attention(q, k, v, attention_mask.on(query.device), attention.scaling)
+            return output.flatten(2), None
+        op.fallback(reason)
+        attention_mask = attention_mask.dense(attention.config._attn_implementation, query)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
     output, weights = interface(
         attention,
@@ -99,7 +128,7 @@ def attend(
 
 
 def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
-    rope, lora = ops["rope"], ops["lora"]
+    rope, lora, over_intervals = ops["rope"], ops["lora"], ops["attention"]
     module = importlib.import_module(original.__module__)
 
     def project(layers: list[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -149,6 +178,7 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         k = module.apply_rotary_pos_emb(attention.k_norm(k), cos, sin, unsqueeze_dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), attention.v_norm(v).transpose(1, 2)
 
+    @takes_intervals
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -158,7 +188,7 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not (rope.active or lora.active):
+        if not (rope.active or lora.active or over_intervals.active):
             return original(
                 self, hidden_states, position_embeddings, attention_mask, shared_kv_states, past_key_values, **kwargs
             )
@@ -166,7 +196,7 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         query, key, value = norm_and_rotate(self, q, k, v, *position_embeddings)
         eager = module.eager_attention_forward
         output, weights = attend(
-            eager, self, query, key, value, attention_mask, shared_kv_states, past_key_values, **kwargs
+            over_intervals, eager, self, query, key, value, attention_mask, shared_kv_states, past_key_values, **kwargs
         )
         return project([self.o_proj], output)[0], weights
 

@@ -1,4 +1,4 @@
-"""Gemma 4's decoder layer: two operations around stock attention, or its parts, each in the fastest exact form."""
+"""Gemma 4's decoder layer: two operations around its attention, or its parts, each in the fastest exact form."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
         def in_two_operations(
             layer: Any, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None, kwargs: dict[str, Any]
         ) -> torch.Tensor | None:
-            """The layer around its stock attention, or None where it has to run in parts."""
+            """The layer around its attention, or None where it has to run in parts."""
             rest = dict(kwargs)
             angles = rest.pop("position_embeddings")
             try:
@@ -54,7 +54,9 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
                 return None  # the part that is to blame counts it
             residual, q, k, v = whole_layer.before_attention(before, hidden_states, *angles)
             whole_layer.count_before(ops)
-            attended, _ = attend(module.eager_attention_forward, layer.self_attn, q, k, v, **_defaults(rest))
+            attended, _ = attend(
+                ops["attention"], module.eager_attention_forward, layer.self_attn, q, k, v, **_defaults(rest)
+            )
             try:
                 if attended.dtype != residual.dtype:
                     raise Unsupported("another dtype")

@@ -12,6 +12,8 @@ from transformers import masking_utils
 
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.families import is_gemma4
+from fastgemma.patches.interval_masks import IntervalMasks
+from fastgemma.patches.projections import Unsupported
 
 logger = logging.getLogger("fastgemma")
 
@@ -97,12 +99,24 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
-    """Text and multimodal models: refuses reentrant checkpointing, keeps packed documents apart."""
-    fixes, checkpointing = ops["fixes"], ops.get("checkpointing")
+    """Text and multimodal models: refuses reentrant checkpointing, keeps packed documents apart, prepares intervals."""
+    fixes, checkpointing, attention = ops["fixes"], ops.get("checkpointing"), ops["attention"]
+    intervals = IntervalMasks()
+    attention.release = intervals.clear
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if checkpointing is not None and checkpointing.active:
             _refuse_reentrant(self)
+        # A multimodal model has prepared its text model's masks, of either kind.
+        if attention.active and not isinstance(kwargs.get("attention_mask"), dict):
+            try:
+                if args:
+                    raise Unsupported("positional arguments")
+                masks: Any = intervals.find(self, kwargs)
+            except Unsupported as unsupported:
+                attention.fallback(str(unsupported))
+            else:
+                return original(self, **{**kwargs, "attention_mask": masks})
         if fixes.active and not args:
             masks = _packed_masks(self, kwargs)
             if masks is not None:

@@ -18,19 +18,23 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastgemma.kernels.attention_backward import key_blocks
+from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.graph_replay import Arena, Replay, Tensors
+from fastgemma.kernels.key_intervals import KeyIntervals
 from fastgemma.kernels.nf4 import NF4Weight
 from fastgemma.kernels.workspace import card_bytes
 from fastgemma.patches.attention import attend
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.guards import hooked, unusable
+from fastgemma.patches.interval_masks import IntervalMask
 from fastgemma.patches.projections import Unsupported
 from fastgemma.patches.whole_layer import (
     PARTS,
@@ -77,17 +81,29 @@ class _Layer:
 class _LayerGraph:
     """A recorded layer. Holds the weights that it was recorded with, so that nothing else takes their addresses."""
 
-    def __init__(self, layer: Any, arena: Arena, read: tuple[Before, After], inputs: Tensors, constants: Tensors):
+    def __init__(
+        self,
+        layer: Any,
+        over_intervals: Op,
+        arena: Arena,
+        read: tuple[Before, After],
+        inputs: Tensors,
+        constants: Tensors,
+        form: IntervalForm | None,
+    ):
         self.read = read
         self.trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
         attention = layer.self_attn
         kind = attention.layer_type
         names = ("hidden_states", "per_layer_input", f"keys {kind}", f"values {kind}")
+        masks = ("mask",) if form is None else [f"interval bound {number}" for number in range(len(constants) - 2)]
         draws = any(p.dropout > 0 for p in (*read[0].projections, *(m for m in read[1].matrices if m is not None)))
         self.replay = Replay(
-            lambda inputs, constants, trained: _run(attention, self._with(trained), inputs, constants),
+            lambda inputs, constants, trained: _run(
+                attention, over_intervals, self._with(trained), inputs, constants, form
+            ),
             arena,
-            (names, (f"cos {kind}", f"sin {kind}", f"mask {kind}")),
+            (names, tuple(f"{name} {kind}" for name in ("cos", "sin", *masks))),
             inputs,
             constants,
             self.trained,
@@ -102,16 +118,34 @@ class _LayerGraph:
         return self.replay(inputs, constants, self.trained)
 
 
-def _run(attention: Any, read: tuple[Before, After], inputs: Tensors, constants: Tensors) -> tuple[torch.Tensor, ...]:
+class IntervalForm(NamedTuple):
+    """What intervals of keys are beside their tensors: constants of a recording."""
+
+    causal: bool
+    window: int | None
+    blocks: tuple[int, ...]
+
+
+def _run(
+    attention: Any,
+    over_intervals: Op,
+    read: tuple[Before, After],
+    inputs: Tensors,
+    constants: Tensors,
+    form: IntervalForm | None,
+) -> tuple[torch.Tensor, ...]:
     """The layer's output, and its keys and values where other layers share them, as [batch, seq_len, heads, dim]."""
     hidden_states, per_layer_input, key, value = inputs
-    cos, sin, mask = constants
+    cos, sin, *masks = constants
     assert hidden_states is not None and cos is not None and sin is not None
+    mask: Any = masks[0]
+    if form is not None:
+        mask = IntervalMask(KeyIntervals.from_tensors(masks, *form))  # type: ignore[arg-type]
     states = {}
     if key is not None and value is not None:
         states[attention.layer_type] = key.transpose(1, 2), value.transpose(1, 2)
     residual, q, k, v = before_attention(read[0], hidden_states, cos, sin)
-    attended, _ = attend(sdpa_attention_forward, attention, q, k, v, mask, states, None)
+    attended, _ = attend(over_intervals, sdpa_attention_forward, attention, q, k, v, mask, states, None)
     out = after_attention(read[1], attended, residual, per_layer_input)
     if not attention.store_full_length_kv:
         return (out,)
@@ -186,7 +220,9 @@ class LayerGraphs:
             self._layers.clear()
             self._full = False
 
-    def find(self, layer: Any, inputs: Tensors, constants: Tensors) -> _LayerGraph:
+    def find(
+        self, layer: Any, over_intervals: Op, inputs: Tensors, constants: Tensors, form: IntervalForm | None
+    ) -> _LayerGraph:
         """The recording of this layer for these arguments, made now if it is time.
 
         Raises:
@@ -202,7 +238,7 @@ class LayerGraphs:
         switches = (attention.scaling, attention.sliding_window, attention.is_causal, attention.num_key_value_groups)
         # Recordings share buffers, so they belong to the thread and the stream that they are run from.
         place = (hidden_states.device, _stream(hidden_states.device), threading.get_ident())  # type: ignore[union-attr]
-        key = (place, forms, switches, _modes(), _signature(read))
+        key = (place, forms, form, switches, _modes(), _signature(read))
         with self._lock:
             known = self._layers.get(layer)
             if known is None:
@@ -216,14 +252,21 @@ class LayerGraphs:
                     raise Unsupported("first calls of a shape")
                 if _MAX_GRAPHS * known.calls[key] < known.calls.total():
                     raise Unsupported("shapes that vary")
-                graph = self._record(layer, (place, *forms[0][:2]), read, inputs, constants)
+                graph = self._record(layer, (place, *forms[0][:2]), over_intervals, read, inputs, constants, form)
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
             known.graphs[key] = graph
             return graph
 
     def _record(
-        self, layer: Any, shape: Any, read: tuple[Before, After], inputs: Tensors, constants: Tensors
+        self,
+        layer: Any,
+        shape: Any,
+        over_intervals: Op,
+        read: tuple[Before, After],
+        inputs: Tensors,
+        constants: Tensors,
+        form: IntervalForm | None,
     ) -> _LayerGraph:
         """`shape`: under which recordings share an arena."""
         trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
@@ -239,7 +282,7 @@ class LayerGraphs:
             arena = self._arenas.get(shape)
             if arena is None:
                 arena = self._arenas[shape] = Arena(shape[0][0])
-            return _LayerGraph(layer, arena, read, inputs, constants)
+            return _LayerGraph(layer, over_intervals, arena, read, inputs, constants, form)
         except torch.OutOfMemoryError:
             self._full = True
             raise Unsupported("no memory for a recording") from None
@@ -280,11 +323,12 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
     op = ops["cuda_graphs"]
     op.release = graphs.clear
     parts = {name: ops[name] for name in PARTS}
+    over_intervals = ops["attention"]
 
     def arguments(
         layer: Any, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensors, Tensors, Any]:
-        """(inputs, constants, shared states). Raises Unsupported."""
+    ) -> tuple[Tensors, Tensors, IntervalForm | None, Any]:
+        """(inputs, constants, what is known of intervals, shared states). Raises Unsupported."""
         reason = unusable(hidden_states) or _not_worth(op.mode, hidden_states)
         if reason is not None:
             raise Unsupported(reason)
@@ -301,16 +345,25 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         for name, value in rest.items():
             if value is not None and name not in _UNREAD:
                 raise Unsupported(f"the argument {name}")
-        if mask is not None and mask.requires_grad:
-            raise Unsupported("gradient through the mask")
         attention = layer.self_attn
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, attend)
-        if interface is not sdpa_attention_forward or attention.attention_dropout:
-            raise Unsupported("attention other than SDPA without dropout")
         key, value = None, None
         if attention.is_kv_shared_layer:
             key, value = (x.transpose(1, 2) for x in shared[attention.layer_type])
-        return (hidden_states, per_layer_input, key, value), (cos, sin, mask), shared
+        inputs = hidden_states, per_layer_input, key, value
+        if isinstance(mask, IntervalMask):
+            # What attention cannot take counts its own reason in a plain call.
+            if not over_intervals.active or hidden_states.dtype == torch.float32 and not interpreting():
+                raise Unsupported("attention other than over intervals")
+            intervals = mask.on(hidden_states.device)
+            blocks = key_blocks(hidden_states.new_empty(0, attention.head_dim))
+            form = IntervalForm(intervals.causal, intervals.window, blocks)
+            return inputs, (cos, sin, *intervals.tensors(blocks)), form, shared
+        if mask is not None and mask.requires_grad:
+            raise Unsupported("gradient through the mask")
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, attend)
+        if interface is not sdpa_attention_forward or attention.attention_dropout:
+            raise Unsupported("attention other than SDPA without dropout")
+        return inputs, (cos, sin, mask), None, shared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (
@@ -330,8 +383,8 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         try:
             if len(args) > (2 if hasattr(self, "hidden_size_per_layer_input") else 1):
                 raise Unsupported("positional arguments")
-            inputs, constants, shared = arguments(self, hidden_states, per_layer_input, rest)
-            graph = graphs.find(self, inputs, constants)
+            inputs, constants, form, shared = arguments(self, hidden_states, per_layer_input, rest)
+            graph = graphs.find(self, over_intervals, inputs, constants, form)
         except Unsupported as unsupported:
             # Left before the plain call: the exception of a failed recording keeps that recording's memory alive.
             reason = str(unsupported)
@@ -339,6 +392,8 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             op.fallback(reason)
             return original(self, *args, **kwargs)
         op.fast()
+        if form is not None:
+            over_intervals.fast()
         count_before(parts)
         count_after(parts, per_layer_input is not None)
         out, *states = graph(inputs, constants)

@@ -26,10 +26,10 @@ from transformers.models.gemma4 import modeling_gemma4
 
 from fastgemma.kernels.host_rows import gather_rows
 from fastgemma.patches.engine import Op, PatchError
+from fastgemma.patches.host_copies import host_copy
 
 logger = logging.getLogger("fastgemma")
 
-_HOST_IDS = "_fastgemma_host_ids"
 # "auto" keeps the table on cards of which it takes less than this share.
 _ROOM = 0.2
 
@@ -68,7 +68,7 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         pending, self.pending_ids = self.pending_ids, None
         if pending is None or pending.shape != input_ids.shape:
-            pending = host_ids(input_ids)
+            pending = host_copy(input_ids)
         # `embed_scale` is an ordinary buffer: it follows the model, so it says where and in what dtype stock's table
         # would be. Casting the gathered rows equals gathering from a cast table.
         scale = self.embed_scale
@@ -98,19 +98,6 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
-
-
-def remember_host_ids(device_ids: torch.Tensor, ids: torch.Tensor) -> None:
-    """Notes that `ids`, on the host, are what `device_ids` was copied from."""
-    setattr(device_ids, _HOST_IDS, (ids, device_ids._version))
-
-
-def host_ids(ids: torch.Tensor) -> torch.Tensor | None:
-    """The host original of ids that were copied to a device, unless they were written to since; CPU ids themselves."""
-    if ids.device.type == "cpu":
-        return ids
-    original, version = getattr(ids, _HOST_IDS, (None, None))
-    return original if version == ids._version else None
 
 
 def _wants_host(op: Op, table_bytes: int) -> bool:
@@ -275,21 +262,6 @@ def _same(mapped: torch.Tensor, weight: torch.Tensor, rows: int = 4096) -> bool:
     return all(torch.equal(ours, theirs.to("cpu")) for ours, theirs in chunks)
 
 
-def make_send_to_device(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
-    """accelerate's move of a batch to the device: the host copy of its ids is still at hand here."""
-    op = ops["per_layer_embeddings"]
-
-    def send_to_device(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        sent = original(tensor, *args, **kwargs)
-        if op.active and hasattr(tensor, "keys") and "input_ids" in tensor:
-            ids, device_ids = tensor["input_ids"], sent["input_ids"]
-            if isinstance(ids, torch.Tensor) and ids.device.type == "cpu" and device_ids.device.type != "cpu":
-                remember_host_ids(device_ids, ids)
-        return sent
-
-    return send_to_device
-
-
 def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     """`Gemma4Model.forward` rewrites soft-token ids on the device; the same is done to the host copy beforehand."""
     op = ops["per_layer_embeddings"]
@@ -299,7 +271,7 @@ def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) ->
             return original(self, input_ids, *args, **kwargs)
         table: Any = getattr(self.language_model, "embed_tokens_per_layer", None)
         _move_if_wanted(op, table, self.config)  # here, as the text model's own config names no checkpoint
-        ids = host_ids(input_ids) if isinstance(table, HostScaledEmbedding) else None
+        ids = host_copy(input_ids) if isinstance(table, HostScaledEmbedding) else None
         if ids is not None:
             config = self.config
             soft = [config.image_token_id, config.video_token_id, config.audio_token_id]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgemma.patches import fixes, per_layer_embeddings
+from fastgemma.patches import fixes, host_copies, per_layer_embeddings
 from fastgemma.patches.attention import make_attention
 from fastgemma.patches.decoder_layer import make_decoder_layer
 from fastgemma.patches.engine import Engine, Row
@@ -23,33 +23,33 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
         Row(("rms_norm",), module, f"{prefix}RMSNorm.forward", make_norm, ("hidden_states",)),
         Row(("geglu", "lora"), module, f"{prefix}TextMLP.forward", make_mlp, ("x",)),
         Row(
-            ("rope", "lora"),
+            ("rope", "lora", "attention"),
             module,
             f"{prefix}TextAttention.forward",
             make_attention,
             ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states", "past_key_values"),
         ),
         Row(
-            PARTS,
+            (*PARTS, "attention"),
             module,
             f"{prefix}TextDecoderLayer.forward",
             make_decoder_layer(lambda: ENGINE),
             layer_parameters,
         ),
-        Row(("cuda_graphs", *PARTS), module, f"{prefix}TextDecoderLayer.__call__", make_layer_call),
+        Row(("cuda_graphs", "attention", *PARTS), module, f"{prefix}TextDecoderLayer.__call__", make_layer_call),
         Row(("cross_entropy",), module, f"{prefix}ForCausalLM.forward", make_head_forward, head_parameters),
         Row(
             ("cross_entropy",), module, f"{prefix}ForConditionalGeneration.forward", make_head_forward, head_parameters
         ),
         Row(
-            ("fixes", "checkpointing"),
+            ("fixes", "checkpointing", "attention"),
             module,
             f"{prefix}TextModel.forward",
             fixes.make_model_forward,
             ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"),
         ),
         Row(
-            ("fixes",),
+            ("fixes", "attention"),
             module,
             f"{prefix}Model.forward",
             fixes.make_model_forward,
@@ -90,15 +90,6 @@ def _per_layer_embedding_rows() -> list[Row]:
             per_layer_embeddings.make_multimodal_forward,
             ("input_ids", "inputs_embeds"),
         ),
-        Row(
-            feature,
-            "accelerate.utils.operations",
-            "send_to_device",
-            per_layer_embeddings.make_send_to_device,
-            ("tensor", "device"),
-            aliases=("accelerate",),
-            requires="accelerate",
-        ),
     ]
 
 
@@ -133,6 +124,15 @@ ROWS = [
     *(row for prefix, module in FAMILIES.items() for row in _family_rows(prefix, module)),
     *_per_layer_embedding_rows(),
     *_fix_rows(),
+    Row(
+        ("per_layer_embeddings", "attention"),
+        "accelerate.utils.operations",
+        "send_to_device",
+        host_copies.make_send_to_device,
+        ("tensor", "device"),
+        aliases=("accelerate",),
+        requires="accelerate",
+    ),
     Row(
         ("cross_entropy",),
         "trl.trainer.utils",

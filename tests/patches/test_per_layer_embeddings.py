@@ -35,7 +35,8 @@ from transformers.models.gemma4 import modeling_gemma4
 import fastgemma
 from fastgemma.patches import per_layer_embeddings
 from fastgemma.patches.engine import PatchError
-from fastgemma.patches.per_layer_embeddings import HostScaledEmbedding, host_ids, remember_host_ids
+from fastgemma.patches.host_copies import host_copy, remember
+from fastgemma.patches.per_layer_embeddings import HostScaledEmbedding
 
 KEY = "model.embed_tokens_per_layer.weight"
 STOCK: dict[str, Any] = dict.fromkeys(fastgemma.status(), False)
@@ -403,30 +404,30 @@ def test_kbit_preparation_leaves_it_alone(checkpoint: Path) -> None:
 # Ids on the host
 
 
-def test_host_ids_are_forgotten_once_the_device_s_are_written() -> None:
+def test_host_copies_are_forgotten_once_the_device_s_are_written() -> None:
     device_ids = IDS.to("meta")
-    assert host_ids(IDS) is IDS
-    assert host_ids(device_ids) is None
-    remember_host_ids(device_ids, IDS)
-    assert host_ids(device_ids) is IDS
-    assert host_ids(device_ids.clone()) is None
+    assert host_copy(IDS) is IDS
+    assert host_copy(device_ids) is None
+    remember(device_ids, IDS)
+    assert host_copy(device_ids) is IDS
+    assert host_copy(device_ids.clone()) is None
     device_ids.add_(1)
-    assert host_ids(device_ids) is None
+    assert host_copy(device_ids) is None
 
 
 @pytest.mark.parametrize("container", [dict, BatchEncoding])
 def test_accelerate_s_move_remembers_the_ids(container: Any) -> None:
     batch = container({"input_ids": IDS, "labels": IDS})
-    assert host_ids(accelerate.utils.send_to_device(dict(batch), "meta")["input_ids"]) is None
+    assert host_copy(accelerate.utils.send_to_device(dict(batch), "meta")["input_ids"]) is None
     with fastgemma.patched(**HOST):
         # The names under which accelerate's own modules imported it are patched as well.
         for send in (accelerate.utils.send_to_device, accelerate.data_loader.send_to_device):
             sent = send(batch, torch.device("meta")) if container is dict else send(dict(batch), "meta")
-            assert sent["input_ids"].is_meta and host_ids(sent["input_ids"]) is IDS
-            assert host_ids(sent["labels"]) is None
+            assert sent["input_ids"].is_meta and host_copy(sent["input_ids"]) is IDS
+            assert host_copy(sent["labels"]) is None
         assert accelerate.utils.send_to_device(IDS, "meta").is_meta
         captured = accelerate.utils.send_to_device
-    assert host_ids(captured({"input_ids": IDS}, "meta")["input_ids"]) is None
+    assert host_copy(captured({"input_ids": IDS}, "meta")["input_ids"]) is None
 
 
 @pytest.fixture
@@ -455,7 +456,7 @@ def test_soft_tokens_become_padding_in_the_host_s_ids_too(
     looked_up.clear()
 
     host = ids.clone()  # stands for the host's copy of ids on a device
-    monkeypatch.setattr(per_layer_embeddings, "host_ids", lambda tensor: host if tensor is ids else None)
+    monkeypatch.setattr(per_layer_embeddings, "host_copy", lambda tensor: host if tensor is ids else None)
     with fastgemma.patched(**HOST):
         assert same_bits(logits(model, ids), expected)
     (gathered,) = looked_up

@@ -1,0 +1,191 @@
+"""Attention masks as intervals of keys: what stock would attend to, without a matrix in the square of the sequence.
+
+The models take a dict of prepared masks, one for each type of layer, as `generate` gives them. `IntervalMasks.find`
+makes such a dict from what a forward was given, or raises `Unsupported`: then stock builds its masks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastgemma.kernels.backend import interpreting
+from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
+from fastgemma.patches.host_copies import host_copy
+from fastgemma.patches.projections import Unsupported
+
+# Implementations whose masks and results are those of softmax attention over the mask.
+_IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_RECORDED = ("output_attentions", "output_router_logits")
+# Shapes without padding or documents whose intervals are kept.
+_MAX_KEPT = 8
+
+
+class IntervalMask:
+    """What stands in a layer's `attention_mask` for a stock mask."""
+
+    def __init__(self, intervals: KeyIntervals) -> None:
+        self.intervals = intervals
+
+    def on(self, device: torch.device) -> KeyIntervals:
+        if self.intervals.lo.device != device:
+            self.intervals = self.intervals.to(device)
+        return self.intervals
+
+    def __getitem__(self, index: tuple[slice, ...]) -> IntervalMask:
+        """All of it, as models slice masks to the logits that are kept where all are kept."""
+        if any(part not in (slice(None), slice(0, None)) for part in index):
+            raise NotImplementedError("fastgemma: a mask made of intervals was sliced; please report this.")
+        return self
+
+    def dense(self, implementation: str, query: torch.Tensor) -> torch.Tensor:
+        """The mask as stock attention reads it, [batch, 1, seq_len, seq_len]; rows without keys attend to all."""
+        keep = self.on(query.device).dense()[:, None]
+        keep = keep | ~keep.any(-1, keepdim=True)
+        if implementation != "eager":
+            return keep
+        return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~keep, torch.finfo(query.dtype).min)
+
+
+def takes_intervals(attend: Any) -> Any:
+    """Marks a `forward` of an attention class that understands `IntervalMask`."""
+    attend.takes_intervals = True
+    return attend
+
+
+class IntervalMasks:
+    """Makes masks, and keeps those that depend on nothing but the shape."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, dict[str, IntervalMask]] = {}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def find(self, model: Any, given: Mapping[str, Any]) -> dict[str, IntervalMask]:
+        """`given`: the keyword arguments of a text or multimodal model's forward.
+
+        Raises:
+            Unsupported: intervals do not say what stock would attend to, or attention cannot run on them.
+        """
+        reference = given.get("inputs_embeds")
+        reference = given.get("input_ids") if reference is None else reference
+        if reference is None:
+            raise Unsupported("no inputs")
+        _check(model, given, reference)
+        batch, seq_len = reference.shape[:2]
+        config = model.config.get_text_config()
+        padding = _padding(given.get("attention_mask"), batch, seq_len)
+        documents = _documents(model, given, batch)
+        blocks, everywhere = _blocks(model, config, given, reference.device)
+        key = (batch, seq_len, reference.device, config.sliding_window)
+        plain = padding is None and documents is None and blocks is None
+        if plain and key in self._kept:
+            return self._kept[key]
+        masks = {
+            kind: IntervalMask(
+                key_intervals(
+                    batch,
+                    seq_len,
+                    reference.device,
+                    window=config.sliding_window if kind == "sliding_attention" else None,
+                    padding_mask=padding,
+                    documents=documents,
+                    blocks=blocks if everywhere or kind == "sliding_attention" else None,
+                    blocks_in_window=not everywhere,
+                )
+            )
+            for kind in ("full_attention", "sliding_attention")
+        }
+        if plain:
+            while len(self._kept) >= _MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = masks
+        return masks
+
+
+def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise Unsupported("compiling")
+    device = reference.device
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        raise Unsupported("no gpu")
+    if device.type == "cuda" and not interpreting():
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise Unsupported("a GPU before Ampere: Triton has no tensor cores there")
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise Unsupported(f"{dtype}")
+    if given.get("past_key_values") is not None:
+        raise Unsupported("a key/value cache")
+    config = model.config.get_text_config()
+    if config._attn_implementation not in _IMPLEMENTATIONS:
+        raise Unsupported(f"attn_implementation {config._attn_implementation}")
+    if config.use_bidirectional_attention == "all":
+        raise Unsupported("bidirectional attention")
+    for name in _RECORDED:
+        recorded = given.get(name)
+        if recorded if recorded is not None else getattr(config, name, False):
+            raise Unsupported(name)
+    if isinstance(given.get("logits_to_keep", 0), torch.Tensor) or given.get("logits_to_keep", 0) != 0:
+        raise Unsupported("logits_to_keep")
+    text_model = getattr(model, "language_model", model)
+    for layer in text_model.layers:
+        attention = layer.self_attn
+        if not getattr(type(attention).forward, "takes_intervals", False) or "forward" in attention.__dict__:
+            raise Unsupported("another attention")
+        if attention.attention_dropout and attention.training:
+            raise Unsupported("attention dropout")
+
+
+def _padding(mask: Any, batch: int, seq_len: int) -> torch.Tensor | None:
+    """The padding mask, or None where nothing is padding."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, seq_len):
+        raise Unsupported("a mask that is no padding mask")
+    # The answer decides what runs, so where the batch's host copy is lost, the GPU has to be waited for.
+    host = host_copy(mask)
+    tokens = (mask if host is None else host) != 0
+    if bool(tokens.all()):
+        return None
+    changes = (tokens[:, 1:] != tokens[:, :-1]).sum(1)
+    # Padding at either end, at both, or everywhere: tokens make one run.
+    one_run = (changes <= 1) | ((changes == 2) & ~tokens[:, 0])
+    if not bool(one_run.all()):
+        raise Unsupported("padding between tokens")
+    return mask
+
+
+def _documents(model: Any, given: Mapping[str, Any], batch: int) -> torch.Tensor | None:
+    """[batch, seq_len], a new number from each position that does not follow its predecessor; or None.
+
+    Stock looks for documents only where there is neither a mask nor a cache, and a plain training loop makes a cache by
+    default: packed rows would attend to each other. In training they never do here.
+    """
+    position_ids = given.get("position_ids")
+    if position_ids is None:
+        return None
+    if position_ids.dim() != 2:
+        raise Unsupported("position_ids that are no matrix")
+    use_cache = given.get("use_cache")
+    use_cache = model.config.get_text_config().use_cache if use_cache is None else use_cache
+    stock_finds_them = given.get("attention_mask") is None and not use_cache
+    if not stock_finds_them and (not model.training or given.get("mm_token_type_ids") is not None):
+        return None
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1).expand(batch, -1)
+
+
+def _blocks(
+    model: Any, config: Any, given: Mapping[str, Any], device: torch.device
+) -> tuple[torch.Tensor | None, bool]:
+    """Numbers of images, whose tokens attend to each other; and whether in every layer, beyond the window too."""
+    types = given.get("mm_token_type_ids")
+    if types is None or config.use_bidirectional_attention != "vision" or not hasattr(model, "language_model"):
+        return None, False
+    module = importlib.import_module(type(model).__module__)
+    return module.get_block_sequence_ids_for_mask(types, device=device), "unified" in type(model).__module__
