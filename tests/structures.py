@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    Gemma4AudioConfig,
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Gemma4VisionConfig,
+)
 from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
 VOCAB = 307
@@ -109,6 +116,24 @@ def build(name: str, attn_implementation: str = "sdpa", seed: int = 0, **overrid
             if buffer_name.endswith("layer_scalar"):
                 buffer.fill_(0.9)
     return model
+
+
+def multimodal(**text: Any) -> Gemma4ForConditionalGeneration:
+    """Towers with clipped linear layers around the smallest text model."""
+    settings = {**STRUCTURES["e2b"], **text}
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "use_clipped_linears": True}
+    vision = {**tower, "intermediate_size": 32, "head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 16}
+    audio = {**tower, "subsampling_conv_channels": [16, 8], "output_proj_dims": 32}
+    config = Gemma4Config(
+        text_config=Gemma4TextConfig(**settings, num_hidden_layers=len(settings["layer_types"])),
+        vision_config=Gemma4VisionConfig(**vision),
+        audio_config=Gemma4AudioConfig(**audio),
+        image_token_id=1000,
+        video_token_id=1001,
+        audio_token_id=1002,
+    )
+    torch.manual_seed(0)
+    return Gemma4ForConditionalGeneration(config)
 
 
 def quantize(model: torch.nn.Module) -> None:

@@ -15,11 +15,6 @@ import transformers
 from kernel_checks import FLOAT32_BUDGET, relative_error, same_bits
 from torch import nn
 from transformers import (
-    Gemma4AudioConfig,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4TextConfig,
-    Gemma4VisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -38,24 +33,6 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.train()(**structures.batch("padding")).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def multimodal(**text: Any) -> Gemma4ForConditionalGeneration:
-    """Towers with clipped linear layers around the smallest text model."""
-    settings = {**structures.STRUCTURES["e2b"], **text}
-    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "use_clipped_linears": True}
-    vision = {**tower, "intermediate_size": 32, "head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 16}
-    audio = {**tower, "subsampling_conv_channels": [16, 8], "output_proj_dims": 32}
-    config = Gemma4Config(
-        text_config=Gemma4TextConfig(**settings, num_hidden_layers=len(settings["layer_types"])),
-        vision_config=Gemma4VisionConfig(**vision),
-        audio_config=Gemma4AudioConfig(**audio),
-        image_token_id=1000,
-        video_token_id=1001,
-        audio_token_id=1002,
-    )
-    torch.manual_seed(0)
-    return Gemma4ForConditionalGeneration(config)
 
 
 # Reentrant checkpointing
@@ -227,9 +204,9 @@ def test_adapters_named_by_projection_on_a_multimodal_model(tmp_path: Path) -> N
         return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
     with pytest.raises(ValueError, match="Gemma4ClippableLinear"):
-        peft.get_peft_model(multimodal(), config())
+        peft.get_peft_model(structures.multimodal(), config())
     with fastgemma.patched(**FIXES):
-        model = peft.get_peft_model(multimodal(), config())
+        model = peft.get_peft_model(structures.multimodal(), config())
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted and all(".language_model." in name for name in adapted)
     assert len([name for name in adapted if name.endswith("q_proj")]) == 6
@@ -240,17 +217,17 @@ def test_adapters_named_by_projection_on_a_multimodal_model(tmp_path: Path) -> N
     ids = torch.tensor([[2, 9, 40, 7]])
     with torch.no_grad():
         expected = model.eval()(ids).logits
-        loaded = peft.PeftModel.from_pretrained(multimodal(), tmp_path).eval()
+        loaded = peft.PeftModel.from_pretrained(structures.multimodal(), tmp_path).eval()
         assert same_bits(loaded(ids).logits, expected)
 
 
 def test_the_user_s_own_choice_of_modules_stands() -> None:
     with fastgemma.patched(**FIXES):
         config = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
-        peft.get_peft_model(multimodal(), config)
+        peft.get_peft_model(structures.multimodal(), config)
         assert config.exclude_modules is None
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=r".*tower.*")
-        peft.get_peft_model(multimodal(), config)
+        peft.get_peft_model(structures.multimodal(), config)
         assert config.exclude_modules == r".*tower.*"
         config = peft.LoraConfig(r=2, target_modules=["q_proj"])
         peft.get_peft_model(structures.build("e2b"), config)
@@ -278,7 +255,7 @@ PACKED = {
 @pytest.mark.parametrize("case", PACKED)
 @pytest.mark.parametrize("name", [*structures.STRUCTURES, "multimodal"])
 def test_packed_documents_do_not_see_each_other(name: str, case: str) -> None:
-    model = (multimodal() if name == "multimodal" else structures.build(name)).train()
+    model = (structures.multimodal() if name == "multimodal" else structures.build(name)).train()
     packed = structures.batch("packing")
     ids, position_ids = packed["input_ids"], packed["position_ids"]
     inputs = {"input_ids": ids, "position_ids": position_ids, "attention_mask": torch.ones_like(ids), **PACKED[case]}
@@ -355,7 +332,7 @@ def test_calls_whose_masks_stock_makes_itself() -> None:
 def test_image_tokens_keep_their_bidirectional_mask() -> None:
     """The large sizes let the tokens of one image see each other, which mm_token_type_ids says."""
     text = structures.STRUCTURES["31b"]
-    model = multimodal(**text, use_bidirectional_attention="vision").train()
+    model = structures.multimodal(**text, use_bidirectional_attention="vision").train()
     ids = torch.tensor([[2, 9, 40, 50, 60, 7, 8]])
     kinds = torch.tensor([[0, 0, 1, 1, 1, 0, 0]])
     inputs = {
