@@ -1,7 +1,7 @@
-"""Rewrites the benchmark tables of README.md from the result files.
+"""Rewrites the benchmark tables of README.md and docs/ from the result files.
 
     python bench/report.py            rewrite the tables
-    python bench/report.py --check    exit with 1 if README.md does not show the present results
+    python bench/report.py --check    exit with 1 if a document does not show the present results
 
 A table stands between `<!-- bench:NAME:start -->` and `<!-- bench:NAME:end -->`; NAME is one of `TABLES`.
 """
@@ -265,18 +265,24 @@ def render(text: str, found: list[Record]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
-    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument(
+        "--documents",
+        type=Path,
+        nargs="+",
+        default=[REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))],
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    text = arguments.readme.read_text(encoding="utf-8")
-    rendered = render(text, read_results(arguments.results))
-    if arguments.check:
-        if rendered != text:
-            sys.exit(f"{arguments.readme.name} does not show the present results; run python bench/report.py")
-        return
-    if rendered != text:
-        arguments.readme.write_text(rendered, encoding="utf-8")
-        print(f"rewrote {arguments.readme.name}")
+    found = read_results(arguments.results)
+    for document in arguments.documents:
+        text = document.read_text(encoding="utf-8")
+        rendered = render(text, found)
+        if rendered == text:
+            continue
+        if arguments.check:
+            sys.exit(f"{document.name} does not show the present results; run python bench/report.py")
+        document.write_text(rendered, encoding="utf-8")
+        print(f"rewrote {document.name}")
 
 
 if __name__ == "__main__":

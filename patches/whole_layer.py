@@ -1,4 +1,4 @@
-"""A decoder layer as two operations, around stock attention, where every part of it is as transformers made it.
+"""A decoder layer as two operations, around its attention, where every part of it is as transformers made it.
 
 `read_before` and `read_after` read what the layer's modules hold for each operation, or raise `Unsupported`: then the
 layer runs in parts, and the part that is not exact counts why.
