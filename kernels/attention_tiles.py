@@ -11,8 +11,6 @@ go through the same tiles again with `finite_rows`.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from fastgemma.kernels.backend import jit, tl
@@ -25,15 +23,9 @@ NO_KEY = 1 << 30
 
 def tiles(kernel: str, heads: torch.Tensor) -> Launch:
     """How to launch a kernel of attention on tensors [..., head_dim] like `heads`."""
-    return _tiles(kernel, heads.shape[-1], heads.element_size(), heads.device)
-
-
-@functools.cache
-def _tiles(kernel: str, head_dim: int, bytes_per_number: int, device: torch.device) -> Launch:
+    head_dim = heads.shape[-1]
     # Tiles of numbers of 4 bytes are smaller.
-    row = launch(kernel, str(head_dim) if bytes_per_number == 2 else "any", device)
-    blocks = {name: min(size, head_dim) if name in ("BLOCK_D", "DIMS") else size for name, size in row.blocks.items()}
-    return Launch(blocks, row.num_warps, row.num_stages)
+    return launch(kernel, str(head_dim) if heads.element_size() == 2 else "any", heads.device, head_dim)
 
 
 @jit

@@ -26,6 +26,11 @@ class Launch:
     def kwargs(self) -> dict[str, int]:
         return self._kwargs
 
+    def within_heads(self, head_dim: int) -> Launch:
+        """The same with no piece of a head larger than a head."""
+        pieces = {name: min(self.blocks[name], head_dim) for name in ("BLOCK_D", "DIMS") if name in self.blocks}
+        return Launch({**self.blocks, **pieces}, self.num_warps, self.num_stages)
+
     @functools.cached_property
     def _kwargs(self) -> dict[str, int]:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -54,7 +59,7 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 2048}, num_warps=4),
     ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
     # Rows are (position, head of a group) pairs; shape classes are head_dim, "any" for float32. BLOCK_D and DIMS are
-    # pieces of a head, at most (`attention_tiles.tiles` cuts them to the head). BLOCK_M of "ds" is a
+    # pieces of a head, at most. BLOCK_M of "ds" is a
     # multiple of the others' and of the BLOCK_K of "dkdv", its BLOCK_N one of every other BLOCK_N and BLOCK_K.
     ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
     ("attention_fwd", "256", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
@@ -118,12 +123,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def launch(kernel: str, shape_class: str, device: torch.device) -> Launch:
-    """The most specific row of the table for this kernel, shape class and device."""
+def launch(kernel: str, shape_class: str, device: torch.device, head_dim: int | None = None) -> Launch:
+    """The most specific row of the table for this kernel, shape class and device, with pieces within `head_dim`."""
     arch = architecture(device)
     fallbacks = ("interpreter",) if arch == "interpreter" else (arch, "any")
     for candidate in fallbacks:
         for shape in (shape_class, "any"):
-            if (kernel, shape, candidate) in TABLE:
-                return TABLE[kernel, shape, candidate]
+            row = TABLE.get((kernel, shape, candidate))
+            if row is not None:
+                return row if head_dim is None else row.within_heads(head_dim)
     raise LookupError(f"fastgemma: launch.py has no row for kernel {kernel!r}, shape class {shape_class!r}, {arch}.")

@@ -23,7 +23,7 @@ from kernel_checks import (
     same_bits,
 )
 
-from fastgemma.kernels import attention_backward, attention_forward, attention_tiles, attention_wide, backend
+from fastgemma.kernels import attention_backward, attention_forward, attention_wide, backend
 from fastgemma.kernels import launch as launch_module
 from fastgemma.kernels.attention import attention, attention_reference
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
@@ -75,10 +75,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, blocks in SMALL.items():
         monkeypatch.setitem(launch_module.TABLE, (f"attention_{name}", "any", "interpreter"), Launch(blocks))
     launch_module.launch.cache_clear()
-    attention_tiles._tiles.cache_clear()
     yield
     launch_module.launch.cache_clear()
-    attention_tiles._tiles.cache_clear()
 
 
 @pytest.fixture

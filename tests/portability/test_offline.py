@@ -35,5 +35,5 @@ def test_launches_fit_the_target(target):
     assert len(kernels) >= 8, kernels
     for result in results:
         assert result["shared"] <= result["shared_limit"], result
-        assert result["stack"] == 0, result
+        assert result["stack"] <= result["stack_limit"], result
         assert result["vector_access"], result
