@@ -22,6 +22,7 @@ FEATURES: dict[str, tuple[bool | str, tuple[bool | str, ...]]] = {
     "per_layer_embeddings": ("auto", ("auto", "host", "gpu", True, False)),
     "checkpointing": (True, (True, False)),
     "cuda_graphs": ("auto", ("auto", "always", True, False)),
+    "optimizer": (True, (True, False)),
     "fixes": (True, (True, False)),
 }
 

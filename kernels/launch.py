@@ -28,8 +28,9 @@ class Launch:
 
     def within_heads(self, head_dim: int) -> Launch:
         """The same with no piece of a head larger than a head."""
-        pieces = {name: min(self.blocks[name], head_dim) for name in ("BLOCK_D", "DIMS") if name in self.blocks}
-        return Launch({**self.blocks, **pieces}, self.num_warps, self.num_stages)
+        pieces = ("BLOCK_D", "DIMS")
+        blocks = {name: min(size, head_dim) if name in pieces else size for name, size in self.blocks.items()}
+        return Launch(blocks, self.num_warps, self.num_stages)
 
     @functools.cached_property
     def _kwargs(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from fastgemma.patches.layer_graphs import make_layer_call
 from fastgemma.patches.loss import make_head_forward
 from fastgemma.patches.mlp import make_mlp
 from fastgemma.patches.norms import make_norm
+from fastgemma.patches.optimizer import make_sync
 from fastgemma.patches.trl_head import make_add_fused_lm_head
 from fastgemma.patches.whole_layer import PARTS
 
@@ -132,6 +133,14 @@ ROWS = [
         ("tensor", "device"),
         aliases=("accelerate",),
         requires="accelerate",
+    ),
+    Row(
+        ("optimizer",),
+        "bitsandbytes.optim.optimizer",
+        "sync_gpu",
+        make_sync,
+        ("t",),
+        requires="bitsandbytes",
     ),
     Row(
         ("cross_entropy",),
