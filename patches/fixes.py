@@ -112,7 +112,7 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
             try:
                 if args:
                     raise Unsupported("positional arguments")
-                masks: Any = intervals.find(self, kwargs)
+                masks: Any = intervals.find(self, kwargs, keep_apart=fixes.active)
             except Unsupported as unsupported:
                 attention.fallback(str(unsupported))
             else:

@@ -16,6 +16,8 @@ _NAMES = ("input_ids", "attention_mask")
 
 def remember(moved: torch.Tensor, original: torch.Tensor) -> None:
     """Notes that `original`, on the host, is what `moved` was copied from."""
+    if moved.is_inference() or original.is_inference():
+        return  # they do not count what is written to them
     setattr(moved, _HOST_COPY, (original, original._version, moved._version))
 
 

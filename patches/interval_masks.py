@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
@@ -28,12 +30,15 @@ class IntervalMask:
     """What stands in a layer's `attention_mask` for a stock mask."""
 
     def __init__(self, intervals: KeyIntervals) -> None:
-        self.intervals = intervals
+        self._first = intervals
+        self._on = {intervals.lo.device: intervals}
 
     def on(self, device: torch.device) -> KeyIntervals:
-        if self.intervals.lo.device != device:
-            self.intervals = self.intervals.to(device)
-        return self.intervals
+        """The intervals on a device: a model's layers may be spread over several."""
+        found = self._on.get(device)
+        if found is None:
+            found = self._on[device] = self._first.to(device)
+        return found
 
     def __getitem__(self, index: tuple[slice, ...]) -> IntervalMask:
         """All of it, as models slice masks to the logits that are kept where all are kept."""
@@ -48,6 +53,10 @@ class IntervalMask:
         if implementation != "eager":
             return keep
         return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~keep, torch.finfo(query.dtype).min)
+
+
+def is_transformers(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("transformers.")
 
 
 def takes_intervals(attend: Any) -> Any:
@@ -65,8 +74,12 @@ class IntervalMasks:
     def clear(self) -> None:
         self._kept.clear()
 
-    def find(self, model: Any, given: Mapping[str, Any]) -> dict[str, IntervalMask]:
-        """`given`: the keyword arguments of a text or multimodal model's forward.
+    def find(self, model: Any, given: Mapping[str, Any], keep_apart: bool = True) -> dict[str, IntervalMask]:
+        """The masks of a forward, by type of layer.
+
+        Args:
+            given: the keyword arguments of a text or multimodal model's forward.
+            keep_apart: in training, packed documents do not see each other even where stock would let them.
 
         Raises:
             Unsupported: intervals do not say what stock would attend to, or attention cannot run on them.
@@ -79,27 +92,30 @@ class IntervalMasks:
         batch, seq_len = reference.shape[:2]
         config = model.config.get_text_config()
         padding = _padding(given.get("attention_mask"), batch, seq_len)
-        documents = _documents(model, given, batch)
-        blocks, everywhere = _blocks(model, config, given, reference.device)
-        key = (batch, seq_len, reference.device, config.sliding_window)
+        documents = _documents(model, given, batch, keep_apart)
+        blocks, everywhere = _blocks(model, config, given, reference)
+        stream = torch.cuda.current_stream(reference.device).cuda_stream if reference.is_cuda else 0
+        key = (batch, seq_len, reference.device, stream, config.sliding_window)
         plain = padding is None and documents is None and blocks is None
         if plain and key in self._kept:
             return self._kept[key]
-        masks = {
-            kind: IntervalMask(
-                key_intervals(
-                    batch,
-                    seq_len,
-                    reference.device,
-                    window=config.sliding_window if kind == "sliding_attention" else None,
-                    padding_mask=padding,
-                    documents=documents,
-                    blocks=blocks if everywhere or kind == "sliding_attention" else None,
-                    blocks_in_window=not everywhere,
+        # Tensors of inference mode could not be kept for training.
+        with torch.inference_mode(False):
+            masks = {
+                kind: IntervalMask(
+                    key_intervals(
+                        batch,
+                        seq_len,
+                        reference.device,
+                        window=config.sliding_window if kind == "sliding_attention" else None,
+                        padding_mask=padding,
+                        documents=documents,
+                        blocks=blocks if everywhere or kind == "sliding_attention" else None,
+                        blocks_in_window=not everywhere,
+                    )
                 )
-            )
-            for kind in ("full_attention", "sliding_attention")
-        }
+                for kind in ("full_attention", "sliding_attention")
+            }
         if plain:
             while len(self._kept) >= _MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
@@ -122,9 +138,14 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
     if given.get("past_key_values") is not None:
         raise Unsupported("a key/value cache")
     config = model.config.get_text_config()
-    if config._attn_implementation not in _IMPLEMENTATIONS:
-        raise Unsupported(f"attn_implementation {config._attn_implementation}")
-    if config.use_bidirectional_attention == "all":
+    implementation = config._attn_implementation
+    if implementation not in _IMPLEMENTATIONS:
+        raise Unsupported(f"attn_implementation {implementation}")
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_mask)
+    # Others may have registered their own under transformers' names, as sequence parallelism does.
+    if not all(is_transformers(function) for function in (interface, ALL_MASK_ATTENTION_FUNCTIONS[implementation])):
+        raise Unsupported("another attention or mask under transformers' name")
+    if config.use_bidirectional_attention == "all" or not getattr(config, "is_causal", True):
         raise Unsupported("bidirectional attention")
     for name in _RECORDED:
         recorded = given.get(name)
@@ -137,6 +158,8 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
         attention = layer.self_attn
         if not getattr(type(attention).forward, "takes_intervals", False) or "forward" in attention.__dict__:
             raise Unsupported("another attention")
+        if not attention.is_causal:
+            raise Unsupported("bidirectional attention")
         if attention.attention_dropout and attention.training:
             raise Unsupported("attention dropout")
 
@@ -160,11 +183,11 @@ def _padding(mask: Any, batch: int, seq_len: int) -> torch.Tensor | None:
     return mask
 
 
-def _documents(model: Any, given: Mapping[str, Any], batch: int) -> torch.Tensor | None:
+def _documents(model: Any, given: Mapping[str, Any], batch: int, keep_apart: bool) -> torch.Tensor | None:
     """[batch, seq_len], a new number from each position that does not follow its predecessor; or None.
 
-    Stock looks for documents only where there is neither a mask nor a cache, and a plain training loop makes a cache by
-    default: packed rows would attend to each other. In training they never do here.
+    Stock looks for documents only where there is neither a mask nor a cache, and text models make a cache by default
+    before they look: packed rows would attend to each other. With `keep_apart` they do not in training.
     """
     position_ids = given.get("position_ids")
     if position_ids is None:
@@ -173,19 +196,23 @@ def _documents(model: Any, given: Mapping[str, Any], batch: int) -> torch.Tensor
         raise Unsupported("position_ids that are no matrix")
     use_cache = given.get("use_cache")
     use_cache = model.config.get_text_config().use_cache if use_cache is None else use_cache
-    stock_finds_them = given.get("attention_mask") is None and not use_cache
-    if not stock_finds_them and (not model.training or given.get("mm_token_type_ids") is not None):
+    makes_cache = use_cache and not hasattr(model, "language_model")
+    stock_finds_them = given.get("attention_mask") is None and not makes_cache
+    keep_apart = keep_apart and model.training and given.get("mm_token_type_ids") is None
+    if not stock_finds_them and not keep_apart:
         return None
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1).expand(batch, -1)
 
 
 def _blocks(
-    model: Any, config: Any, given: Mapping[str, Any], device: torch.device
+    model: Any, config: Any, given: Mapping[str, Any], reference: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
     """Numbers of images, whose tokens attend to each other; and whether in every layer, beyond the window too."""
     types = given.get("mm_token_type_ids")
     if types is None or config.use_bidirectional_attention != "vision" or not hasattr(model, "language_model"):
         return None, False
+    if types.shape != reference.shape[:2]:
+        raise Unsupported("token types of another length")
     module = importlib.import_module(type(model).__module__)
-    return module.get_block_sequence_ids_for_mask(types, device=device), "unified" in type(model).__module__
+    return module.get_block_sequence_ids_for_mask(types, device=reference.device), "unified" in type(model).__module__

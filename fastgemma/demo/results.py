@@ -15,7 +15,7 @@ from fastgemma.demo.plan import Plan
 from fastgemma.demo.text import QUESTION
 
 # Features with kernels of their own: each must have run in the patched half, or the comparison would show nothing.
-EXPECTED = ("rms_norm", "rope", "geglu", "lora", "cross_entropy")
+EXPECTED = ("rms_norm", "rope", "geglu", "lora", "attention", "cross_entropy")
 # The first steps compile kernels and fill caches.
 _WARM_UP_STEPS = 3
 _MAX_TABLE_ROWS = 16

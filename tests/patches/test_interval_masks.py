@@ -21,6 +21,7 @@ from fastgemma.patches.projections import Unsupported
 
 STOCK: dict[str, Any] = dict.fromkeys(fastgemma.status(), False)
 ATTENTION: dict[str, Any] = {**STOCK, "attention": True}
+WITH_FIXES: dict[str, Any] = {**ATTENTION, "fixes": True}
 
 
 def counts() -> tuple[int, dict[str, int]]:
@@ -113,7 +114,12 @@ def _another(model: Any, inputs: dict[str, Any]) -> None:
     attention.forward = attention.forward
 
 
+def _not_causal(model: Any, inputs: dict[str, Any]) -> None:
+    model.config.is_causal = False
+
+
 UNSUPPORTED = {
+    "bidirectional attention": _not_causal,
     "a key/value cache": _cache,
     "padding between tokens": _hole,
     "a mask that is no padding mask": _custom_mask,
@@ -198,13 +204,73 @@ def test_unified_image_blocks_reach_beyond_the_window(kind: str) -> None:
         language_model = None
 
     Model.__module__ = modeling_gemma4_unified.__name__
-    blocks, everywhere = _blocks(Model(), config, {"mm_token_type_ids": types}, embeds.device)
+    blocks, everywhere = _blocks(Model(), config, {"mm_token_type_ids": types}, embeds)
     stock = transformers.masking_utils.create_masks_for_generate(
         config, embeds, None, None, position_ids=None, block_sequence_ids=blocks
     )[kind]
     window = config.sliding_window if kind == "sliding_attention" else None
     ours = key_intervals(1, types.shape[1], embeds.device, window, blocks=blocks, blocks_in_window=not everywhere)
     assert torch.equal(ours.dense()[:, None], stock == 0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["text", "multimodal"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("use_cache", [False, None])
+def test_documents_are_those_that_stock_finds(use_cache: bool | None, masked: bool, name: str, training: bool) -> None:
+    model = structures.build("e2b") if name == "text" else structures.multimodal()
+    model.train(training)
+    packed = structures.batch("packing")
+    inputs = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"]}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if use_cache is not None:
+        inputs["use_cache"] = use_cache
+    if name == "multimodal" and training:
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with fastgemma.patched(**ATTENTION):
+            ours = model(**inputs).logits
+        assert relative_error(ours, stock) <= FLOAT32_BUDGET
+        if name == "text" and training:
+            apart = model(**{**inputs, "attention_mask": None, "use_cache": False}).logits
+            with fastgemma.patched(**WITH_FIXES):
+                ours = model(**inputs).logits
+            assert relative_error(ours, apart) <= FLOAT32_BUDGET
+
+
+def test_another_s_attention_under_transformers_name_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
+    interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    original = interface["sdpa"]
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        output, weights = original(*args, **kwargs)
+        return 0.5 * output, weights
+
+    monkeypatch.setitem(interface._global_mapping, "sdpa", halved)
+    model = structures.build("e2b")
+    inputs = structures.batch("padding")
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        before = counts()
+        with fastgemma.patched(**ATTENTION):
+            assert torch.equal(model(**inputs).logits, stock)
+    assert gained(before) == (0, {"another attention or mask under transformers' name": 1})
+
+
+def test_masks_first_made_in_inference_mode_serve_training() -> None:
+    model = structures.build("e2b").train()
+    inputs = structures.batch("packing")
+    inputs = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], "use_cache": False}
+    with fastgemma.patched(**ATTENTION):
+        with torch.inference_mode():
+            model(**inputs)
+            batch = {"attention_mask": torch.ones(1, 3)}
+            host_copies.remember(batch["attention_mask"], batch["attention_mask"])  # no error
+            found = IntervalMasks().find(model.model, {"input_ids": inputs["input_ids"]})
+            assert not found["full_attention"].on(inputs["input_ids"].device).lo.is_inference()
+        model(**inputs).loss.backward()
 
 
 def test_plain_masks_are_made_once() -> None:
