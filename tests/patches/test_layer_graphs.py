@@ -305,10 +305,6 @@ def _checkpoint_otherwise(layer: Any) -> None:
     )
 
 
-def _attend_eagerly(layer: Any) -> None:
-    layer.self_attn.config._attn_implementation = "eager"
-
-
 def _drop_attention(layer: Any) -> None:
     layer.self_attn.attention_dropout = 0.1
 
@@ -320,7 +316,6 @@ def _drop_attention(layer: Any) -> None:
         pytest.param(_subclass, "own call is not stock's", marks=pytest.mark.slow),
         pytest.param(_hook_norm, "input_layernorm does more", marks=pytest.mark.slow),
         (_checkpoint_otherwise, "another kind of checkpointing"),
-        pytest.param(_attend_eagerly, "attention other than SDPA", marks=pytest.mark.slow),
         pytest.param(_drop_attention, "attention other than SDPA", marks=pytest.mark.slow),
     ],
 )
@@ -331,6 +326,19 @@ def test_what_cannot_be_replayed_is_not(change: Callable[[Any], None], reason: s
     assert counts()[0] < fast + len(layers(warm))
     assert any(reason in found for found in counts()[1]), counts()[1]
     assert_same(actual, plainly(lambda: step(warm)))
+
+
+@pytest.mark.slow
+def test_eager_attention_is_replayed_over_intervals_alone(warm: nn.Module) -> None:
+    warm.get_base_model().config._attn_implementation = "eager"
+    fast = counts()[0]
+    actual = step(warm)
+    assert counts()[0] == fast + len(layers(warm))
+    assert_same(actual, plainly(lambda: step(warm)))
+    with fastgemma.patched(cuda_graphs="always", attention=False):
+        step(warm)
+    assert counts()[0] == fast + len(layers(warm))
+    assert counts()[1]["attention other than SDPA without dropout"] == len(layers(warm))
 
 
 @pytest.mark.slow
