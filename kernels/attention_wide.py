@@ -9,7 +9,8 @@ both plain products of matrices. The maxima are whole numbers, so that rescaling
 rounds nothing. Positions go in chunks, as the workspace allows; tiles that no row attends to are neither written nor
 read. FLOPs as in `attention`; traffic 4 bytes a pair of a row and a key, in L2 for the most part.
 
-Source: the two-kernel split and its speed were measured for this package (2.4 times the fastest whole-head kernel).
+Source: measured for this package; a kernel that holds whole heads of 512 runs at half the speed (`docs/kernels.md` has
+this one's).
 """
 
 from __future__ import annotations
