@@ -20,9 +20,9 @@ from fastgemma.kernels.attention_products import _attention_dkdv_kernel, _attent
 from fastgemma.kernels.attention_tiles import (
     LOG2E,
     NO_KEY,
+    chunk_tile,
     in_bands,
     key_bounds,
-    row_tile,
     tiles,
 )
 from fastgemma.kernels.attention_wide import chunk_of_positions
@@ -81,12 +81,9 @@ def _attention_ds_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    slot = tl.program_id(1)
-    batch = (slot // KV_HEADS).to(tl.int64)
-    head = slot % KV_HEADS
     tile, key_tile = in_bands(tl.program_id(0), n_rows // BLOCK_M, n_slots, 8)
-    positions, members, exists, lo, hi = row_tile(
-        lo_ptr + batch * seq_len, hi_ptr + batch * seq_len, tile * BLOCK_M, start, stop, GROUP, BLOCK_M
+    batch, head, positions, heads, exists, lo, hi = chunk_tile(
+        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
     first, end = key_bounds(lo, hi, NO_KEY)
     position = start + tile * BLOCK_M // GROUP
@@ -99,13 +96,13 @@ def _attention_ds_kernel(
     end_position = tl.load(end_ptr + batch * n_tiles + key_tile, mask=known, other=0)
     wanted = (position < end_position) & (tl.max(positions, axis=0) >= first_position)
 
-    rows = slot.to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = key_tile % n_slots * BLOCK_N + tl.arange(0, BLOCK_N)
     p_ptrs = workspace_ptr + rows[:, None] * (n_slots * BLOCK_N) + columns[None, :]
     dtype = workspace_ptr.dtype.element_ty
     if touched:
         keys = first_key + tl.arange(0, BLOCK_N)
-        q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + head * GROUP + members
+        q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
         k_rows = (batch * seq_len + tl.minimum(keys, seq_len - 1)) * KV_HEADS + head
         dims = tl.arange(0, BLOCK_D)
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -129,12 +126,10 @@ def _attention_ds_kernel(
         tl.store(p_ptrs + ds_offset, zeros)
 
 
-def key_blocks(heads: torch.Tensor) -> tuple[int, int]:
-    """The sizes of tiles of keys whose `KeyIntervals.rows_of_keys` the backward reads, for [..., head_dim] like q."""
-    return (
-        tiles("attention_ds", heads).blocks["BLOCK_N"],
-        tiles("attention_dkdv", heads).blocks["BLOCK_N"],
-    )
+def key_blocks(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """The sizes of tiles of keys whose `KeyIntervals.rows_of_keys` the backward reads."""
+    to_ds, to_dkdv = (tiles(f"attention_{name}", head_dim, dtype, device) for name in ("ds", "dkdv"))
+    return to_ds.blocks["BLOCK_N"], to_dkdv.blocks["BLOCK_N"]
 
 
 def attention_bwd(
@@ -167,8 +162,8 @@ def attention_bwd(
         **config.kwargs(),
     )
 
-    to_ds, to_dq, to_dkdv = (tiles(f"attention_{name}", q) for name in ("ds", "dq", "dkdv"))
-    block_m, (block_n, block_keys) = to_ds.blocks["BLOCK_M"], key_blocks(q)
+    to_ds, to_dq, to_dkdv = (tiles(f"attention_{name}", head_dim, q.dtype, q.device) for name in ("ds", "dq", "dkdv"))
+    block_m, (block_n, block_keys) = to_ds.blocks["BLOCK_M"], key_blocks(head_dim, q.dtype, q.device)
     n_tiles = cdiv(seq_len, block_n)
     reach, most_slots = seq_len, n_tiles
     if intervals.causal and intervals.window is not None:

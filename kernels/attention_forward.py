@@ -161,7 +161,7 @@ def attention_fwd(
         wide_attention_fwd(q, k, v, intervals, scale, out, lse)
         return out, lse
     group = num_heads // num_key_value_heads
-    config = tiles("attention_fwd", q)
+    config = tiles("attention_fwd", head_dim, q.dtype, q.device)
     grid = (num_key_value_heads, cdiv(seq_len * group, config.blocks["BLOCK_M"]), batch)
     _attention_fwd_kernel[grid](
         q_ptr=q,

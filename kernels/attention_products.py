@@ -8,7 +8,7 @@ keys], where a tile of keys lies at its number modulo the number of slots.
 
 from __future__ import annotations
 
-from fastgemma.kernels.attention_tiles import all_finite, finite_rows, key_bounds, row_offsets, row_tile, wide
+from fastgemma.kernels.attention_tiles import all_finite, chunk_tile, finite_rows, key_bounds, row_offsets, wide
 from fastgemma.kernels.backend import jit, kernel, tl
 
 
@@ -69,18 +69,15 @@ def _attention_dq_kernel(
     DIMS: tl.constexpr,
 ):
     PIECES: tl.constexpr = HEAD_DIM // DIMS
-    slot = tl.program_id(1)
-    batch = (slot // KV_HEADS).to(tl.int64)
-    head = slot % KV_HEADS
     # Causal rows have more keys the later they come: the long programs start first.
     tile = n_rows // BLOCK_M - 1 - tl.program_id(0) // PIECES
     first_dim = tl.program_id(0) % PIECES * DIMS
-    positions, members, exists, lo, hi = row_tile(
-        lo_ptr + batch * seq_len, hi_ptr + batch * seq_len, tile * BLOCK_M, start, stop, GROUP, BLOCK_M
+    batch, head, positions, heads, exists, lo, hi = chunk_tile(
+        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
     first, end = key_bounds(lo, hi, NO_KEY)
     first = first // BLOCK_K * BLOCK_K
-    rows = slot.to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     ds_rows = workspace_ptr + ds_offset + rows * (n_slots * BLOCK_N)
     k_base = k_ptr + (batch * seq_len * KV_HEADS + head) * HEAD_DIM + first_dim
     acc = _sum_keys(
@@ -92,8 +89,8 @@ def _attention_dq_kernel(
             first, end, ds_rows, k_base, lo, hi, seq_len, n_slots, True, KV_HEADS * HEAD_DIM, DIMS, BLOCK_M,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    dq_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + head * GROUP + members
-    dq_ptrs = dq_ptr + dq_rows[:, None] * HEAD_DIM + (first_dim + tl.arange(0, DIMS))[None, :]
+    q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
+    dq_ptrs = dq_ptr + q_rows[:, None] * HEAD_DIM + (first_dim + tl.arange(0, DIMS))[None, :]
     tl.store(dq_ptrs, (acc * scale).to(dq_ptr.dtype.element_ty), mask=exists[:, None])
 
 

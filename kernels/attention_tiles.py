@@ -21,11 +21,9 @@ LOG2E = 1.4426950408889634
 NO_KEY = 1 << 30
 
 
-def tiles(kernel: str, heads: torch.Tensor) -> Launch:
-    """How to launch a kernel of attention on tensors [..., head_dim] like `heads`."""
-    head_dim = heads.shape[-1]
-    # Tiles of numbers of 4 bytes are smaller.
-    return launch(kernel, str(head_dim) if heads.element_size() == 2 else "any", heads.device, head_dim)
+def tiles(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """How to launch a kernel of attention. Tiles of numbers of 4 bytes are smaller."""
+    return launch(kernel, str(head_dim) if dtype.itemsize == 2 else "any", device, head_dim)
 
 
 @jit
@@ -41,6 +39,32 @@ def row_tile(lo_ptr, hi_ptr, first_row, start, stop, GROUP: tl.constexpr, BLOCK_
     lo = tl.load(lo_ptr + positions, mask=exists, other=0)
     hi = tl.load(hi_ptr + positions, mask=exists, other=0)
     return tl.minimum(positions, stop - 1), rows % GROUP, exists, lo, hi
+
+
+@jit
+def chunk_tile(
+    lo_ptr,
+    hi_ptr,
+    tile,
+    seq_len,
+    start,
+    stop,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A tile of rows of a chunk of positions, of the batch entry and key/value head that program_id(1) numbers.
+
+    Returns batch, key/value head, positions, heads, which rows exist, lo and hi. What is computed from them early would
+    stay in registers through the loops of a kernel.
+    """
+    slot = tl.program_id(1)
+    batch = (slot // KV_HEADS).to(tl.int64)
+    head = slot % KV_HEADS
+    positions, members, exists, lo, hi = row_tile(
+        lo_ptr + batch * seq_len, hi_ptr + batch * seq_len, tile * BLOCK_M, start, stop, GROUP, BLOCK_M
+    )
+    return batch, head, positions, head * GROUP + members, exists, lo, hi
 
 
 @jit

@@ -21,11 +21,11 @@ from fastgemma.kernels.attention_tiles import (
     LOG2E,
     NO_KEY,
     all_finite,
+    chunk_tile,
     finite_rows,
     in_bands,
     key_bounds,
     products,
-    row_tile,
     tiles,
     wide,
 )
@@ -70,25 +70,22 @@ def _attention_scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    slot = tl.program_id(1)
-    batch = (slot // KV_HEADS).to(tl.int64)
-    head = slot % KV_HEADS
     tile, key_tile = in_bands(tl.program_id(0), n_rows // BLOCK_M, n_tiles, 8)
-    positions, members, exists, lo, hi = row_tile(
-        lo_ptr + batch * seq_len, hi_ptr + batch * seq_len, tile * BLOCK_M, start, stop, GROUP, BLOCK_M
+    batch, head, positions, heads, exists, lo, hi = chunk_tile(
+        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
     first, end = key_bounds(lo, hi, NO_KEY)
     first_key = (first_tile + key_tile) * BLOCK_N
     if (first_key < end) & (first_key + BLOCK_N > first):
         keys = first_key + tl.arange(0, BLOCK_N)
-        q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + head * GROUP + members
+        q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
         k_rows = (batch * seq_len + tl.minimum(keys, seq_len - 1)) * KV_HEADS + head
         s = products(q_ptr + q_rows * HEAD_DIM, k_ptr + k_rows * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D)
         keep = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         s = tl.where(keep, s * scale_log2, -1e30)
         peak = tl.ceil(tl.max(s, axis=1))
         p = tl.where(keep, tl.exp2(s - peak[:, None]), 0.0)
-        rows = slot.to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         workspace = workspace_ptr + rows[:, None] * n_columns + columns[None, :]
         tl.store(workspace, p.to(workspace_ptr.dtype.element_ty))
@@ -161,17 +158,14 @@ def _attention_output_kernel(
     DIMS: tl.constexpr,
 ):
     PIECES: tl.constexpr = HEAD_DIM // DIMS
-    slot = tl.program_id(1)
-    batch = (slot // KV_HEADS).to(tl.int64)
-    head = slot % KV_HEADS
     tile = n_rows // BLOCK_M - 1 - tl.program_id(0) // PIECES
     first_dim = tl.program_id(0) % PIECES * DIMS
-    positions, members, exists, lo, hi = row_tile(
-        lo_ptr + batch * seq_len, hi_ptr + batch * seq_len, tile * BLOCK_M, start, stop, GROUP, BLOCK_M
+    batch, head, positions, heads, exists, lo, hi = chunk_tile(
+        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
     first, end = key_bounds(lo, hi, NO_KEY)
     first_key = first_tile * BLOCK_N
-    rows = slot.to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tile_stride = tl.num_programs(1).to(tl.int64) * n_rows
 
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -198,11 +192,11 @@ def _attention_output_kernel(
     some = lo < hi
     total = tl.where(some, total, 1.0)
     out = tl.where(some[:, None], acc / total[:, None], 0.0)
-    out_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + head * GROUP + members
-    out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + (first_dim + tl.arange(0, DIMS))[None, :]
+    q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
+    out_ptrs = out_ptr + q_rows[:, None] * HEAD_DIM + (first_dim + tl.arange(0, DIMS))[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
     if first_dim == 0:
-        tl.store(lse_ptr + out_rows, tl.where(some, highest + tl.log2(total), 0.0), mask=exists)
+        tl.store(lse_ptr + q_rows, tl.where(some, highest + tl.log2(total), 0.0), mask=exists)
 
 
 def wide_attention_fwd(
@@ -218,8 +212,8 @@ def wide_attention_fwd(
     batch, seq_len, num_heads, head_dim = q.shape
     num_key_value_heads = k.shape[2]
     group, slots = num_heads // num_key_value_heads, batch * num_key_value_heads
-    scores = tiles("attention_scores", q)
-    output = tiles("attention_output", q)
+    scores = tiles("attention_scores", head_dim, q.dtype, q.device)
+    output = tiles("attention_output", head_dim, q.dtype, q.device)
     rows_of_tile = max(scores.blocks["BLOCK_M"], output.blocks["BLOCK_M"])
     block_n = scores.blocks["BLOCK_N"]
     chunk = chunk_of_positions(seq_len, slots * group * cdiv(seq_len, block_n) * block_n * q.element_size(), q.device)

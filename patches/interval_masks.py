@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgemma.kernels.backend import interpreting
@@ -141,9 +141,10 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
     implementation = config._attn_implementation
     if implementation not in _IMPLEMENTATIONS:
         raise Unsupported(f"attn_implementation {implementation}")
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_mask)
-    # Others may have registered their own under transformers' names, as sequence parallelism does.
-    if not all(is_transformers(function) for function in (interface, ALL_MASK_ATTENTION_FUNCTIONS[implementation])):
+    # Others may have registered their own under transformers' names, as sequence parallelism does; eager attention is
+    # a function of the model's module.
+    registered = (ALL_ATTENTION_FUNCTIONS.get(implementation), ALL_MASK_ATTENTION_FUNCTIONS.get(implementation))
+    if not all(function is None or is_transformers(function) for function in registered):
         raise Unsupported("another attention or mask under transformers' name")
     if config.use_bidirectional_attention == "all" or not getattr(config, "is_causal", True):
         raise Unsupported("bidirectional attention")

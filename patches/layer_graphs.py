@@ -355,7 +355,7 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             if not over_intervals.active or hidden_states.dtype == torch.float32 and not interpreting():
                 raise Unsupported("attention other than over intervals")
             intervals = mask.on(hidden_states.device)
-            blocks = key_blocks(hidden_states.new_empty(0, attention.head_dim))
+            blocks = key_blocks(attention.head_dim, hidden_states.dtype, hidden_states.device)
             form = IntervalForm(intervals.causal, intervals.window, blocks)
             return inputs, (cos, sin, *intervals.tensors(blocks)), form, shared
         if mask is not None and mask.requires_grad:

@@ -128,6 +128,7 @@ def multimodal(**text: Any) -> Gemma4ForConditionalGeneration:
         text_config=Gemma4TextConfig(**settings, num_hidden_layers=len(settings["layer_types"])),
         vision_config=Gemma4VisionConfig(**vision),
         audio_config=Gemma4AudioConfig(**audio),
+        # Outside the vocabulary, as soft tokens are for the text model.
         image_token_id=1000,
         video_token_id=1001,
         audio_token_id=1002,

@@ -21,12 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BatchEncoding,
-    Gemma4AudioConfig,
-    Gemma4Config,
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
-    Gemma4VisionConfig,
     Trainer,
     TrainingArguments,
 )
@@ -56,21 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same text model inside a multimodal one, whose towers nothing here runs."""
     path = tmp_path_factory.mktemp("multimodal")
-    settings = dict(structures.STRUCTURES["e2b"])
-    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**tower, "intermediate_size": 32, "head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 16}
-    audio = {**tower, "subsampling_conv_channels": [16, 8], "output_proj_dims": 32}
-    config = Gemma4Config(
-        text_config=Gemma4TextConfig(**settings, num_hidden_layers=len(settings["layer_types"])),
-        vision_config=Gemma4VisionConfig(**vision),
-        audio_config=Gemma4AudioConfig(**audio),
-        # Outside the vocabulary, as soft tokens are for the text model.
-        image_token_id=1000,
-        video_token_id=1001,
-        audio_token_id=1002,
-    )
-    torch.manual_seed(0)
-    Gemma4ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(path)
+    structures.multimodal().to(torch.bfloat16).save_pretrained(path)
     return path
 
 
