@@ -63,7 +63,8 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     # pieces of a head, at most. BLOCK_M of "ds" is a
     # multiple of the others' and of the BLOCK_K of "dkdv", its BLOCK_N one of every other BLOCK_N and BLOCK_K.
     ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
-    ("attention_fwd", "256", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
+    ("attention_fwd", "256", "any"): Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+    ("attention_fwd", "256", "sm_100"): Launch({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
     ("attention_fwd", "256", "sm_90"): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
     ("attention_fwd", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128}),
     ("attention_scores", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
