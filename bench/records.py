@@ -38,6 +38,7 @@ IDENTITY = (
     "dropout",
     "optimizer",
     "checkpointing",
+    "offload",
     "autocast",
     "cap_gib",
     "op",

@@ -97,8 +97,8 @@ def _by_gpu(found: list[Record], body: Callable[[list[Record]], str]) -> str:
 
 def _experiment(record: Record) -> tuple[Any, ...]:
     """What two implementations must have in common to be compared."""
-    keys = ("model", "towers", "batch", "seq_len", "rank", "dropout", "optimizer", "checkpointing", "autocast")
-    return tuple(record.get(key) for key in keys)
+    keys = ("model", "towers", "batch", "seq_len", "rank", "dropout", "optimizer", "checkpointing", "offload")
+    return tuple(record.get(key) for key in (*keys, "autocast"))
 
 
 def _remarks(record: Record) -> str:
@@ -110,6 +110,8 @@ def _remarks(record: Record) -> str:
         remarks.append(f"dropout {record['dropout']}")
     if record.get("checkpointing") is False:
         remarks.append("no checkpointing")
+    if record.get("offload"):
+        remarks.append("checkpoints in host memory")
     if record.get("autocast"):
         remarks.append("autocast")
     return f" ({', '.join(remarks)})" if remarks else ""

@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.set_defaults(towers=False)
     parser.add_argument("--optimizer", choices=("adamw8bit", "paged_adamw8bit", "adamw"), default="adamw8bit")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--offload", action="store_true", help="keep the checkpointed activations in host memory")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, as Trainer's bf16=True")
     parser.add_argument("--cap-gib", type=float, help="limit this process's GPU memory, loading included")
     parser.add_argument("--without", action="append", default=[], metavar="FEATURE", help="leave a feature out; repeat")
@@ -72,6 +73,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error("no CUDA device: only --tiny runs here")
         if arguments.cap_gib or arguments.profile:
             parser.error("--cap-gib and --profile need a CUDA device")
+    if arguments.offload and not arguments.checkpointing:
+        parser.error("--offload needs gradient checkpointing")
     return arguments
 
 
@@ -119,7 +122,8 @@ def load_model(arguments: argparse.Namespace, checkpoint: Path, device: torch.de
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     if arguments.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"offload": True} if arguments.offload else {}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, **options)
         model.enable_input_require_grads()
     return model.train()
 
@@ -304,6 +308,7 @@ def main() -> None:
         "dropout": arguments.dropout,
         "optimizer": arguments.optimizer if device.type == "cuda" else "adamw",
         "checkpointing": arguments.checkpointing,
+        "offload": arguments.offload or None,
         "autocast": arguments.autocast,
         "cap_gib": arguments.cap_gib,
         "without": sorted(arguments.without) or None,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastgemma.kernels.backend import check_dtype
+from fastgemma.kernels.adapter_columns import Block, block_diagonal
+from fastgemma.kernels.backend import cdiv, check_dtype
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_stack
 
 Masks = list[torch.Tensor | None]
@@ -72,6 +73,18 @@ def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tens
     return torch.addmm(_unread(a.dtype, a.device) if out is None else out, a, b, beta=0, alpha=scaling, out=out)
 
 
+def with_room(
+    shape: Sequence[int], room: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An empty row matrix of this shape, and the buffer that it begins where `room` columns are wanted behind it."""
+    n_rows, n_cols = shape
+    if room == 0:
+        return torch.empty((n_rows, n_cols), dtype=dtype, device=device), None
+    # Rows that begin at multiples of 16 elements are read and written in vectors.
+    whole = torch.empty((n_rows, n_cols + 16 * cdiv(room, 16)), dtype=dtype, device=device)
+    return whole[:, :n_cols], whole
+
+
 def _parts(x: torch.Tensor, sizes: list[int], dim: int) -> Sequence[torch.Tensor]:
     """torch.split without its detour through Python."""
     return (x,) if len(sizes) == 1 else x.split_with_sizes(sizes, dim)
@@ -108,10 +121,26 @@ class Projections:
                 members.append(together)
                 together.append(index)
         self._groups = [self._group(m) for m in members]
+        self._rank = sum(group.A.shape[0] for group in self._groups)
         # The weights that are dequantised together, if all are NF4.
         weights = [p.weight for p in projections]
         self._stack = [weight for weight in weights if isinstance(weight, NF4Weight)]
-        self._all_nf4 = len(self._stack) == len(projections) > 1
+        self._all_nf4 = len(self._stack) == len(projections)
+
+    def room(self, dtype: torch.dtype, gradient: bool = False) -> int:
+        """How many columns behind an input of this dtype, or behind the gradient of all outputs side by side, let the
+        adapters be part of the base product: see `adapter_columns`. 0 where they cannot be.
+
+        A base weight that is dense would have to be copied; drawn masks lie between an adapter and dx; cuBLAS wants
+        multiples of 8.
+        """
+        if not self._all_nf4 or self._rank % 8 or self._stack[0].shape[1] % 16:
+            return 0
+        if any(group.A.dtype != dtype for group in self._groups):
+            return 0
+        if gradient and any(p.dropout for p in self.projections):
+            return 0
+        return self._rank
 
     def _group(self, members: list[int]) -> _Group:
         factors = [self._adapter(index).A for index in members]
@@ -141,13 +170,19 @@ class Projections:
                 x = torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - rate))
         return x if x.dtype == group.A.dtype else x.to(group.A.dtype)
 
-    def forward(self, x: torch.Tensor, joint: bool = False) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    def forward(
+        self, x: torch.Tensor, joint: bool = False, room: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """(all outputs side by side, each of them) from x [rows, in_features]; `masks` then holds the masks drawn.
 
         The outputs are views of the first, [rows, sum of out_features], with `joint`; else the first means nothing.
+        `room` is the buffer that x begins, if it has room behind it; the outputs are then joint.
         """
         cast = self._cast(x)
         widths = [p.weight.shape[0] for p in self.projections]
+        if room is not None:
+            whole = self._widened_product(x, room, widths)
+            return whole, _parts(whole, widths, 1)
         if joint and self._all_nf4:
             whole = torch.mm(cast, dequantize_nf4_stack(self._stack, cast.dtype).t())
             outs = _parts(whole, widths, 1)
@@ -170,12 +205,38 @@ class Projections:
                     out.add_(_scaled_mm(xa_part, B, adapter.scaling))
         return whole, outs
 
+    def _scaled_xa(self, x: torch.Tensor, group: _Group, out: torch.Tensor) -> None:
+        """scaling * d(x) A^T of a group's members, side by side: one product where their scalings agree."""
+        source, scalings = self._source(x, group), [self._adapter(index).scaling for index in group.members]
+        if len(set(scalings)) == 1:
+            _scaled_mm(source, group.A.t(), scalings[0], out)
+            return
+        for scaling, A, part in zip(scalings, _parts(group.A, group.ranks, 0), _parts(out, group.ranks, 1)):
+            _scaled_mm(source, A.t(), scaling, part)
+
+    def _widened_product(self, x: torch.Tensor, room: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """[x | xa] [W | B]^T, rounded once."""
+        columns = x.shape[1]
+        end = columns + self._rank
+        weight = torch.empty((sum(widths), room.shape[1]), dtype=x.dtype, device=x.device)
+        dequantize_nf4_stack(self._stack, x.dtype, weight[:, :columns])
+        blocks = [Block(None, sum(widths[:index]), width, 0) for index, width in enumerate(widths)]
+        column = 0
+        for group in self._groups:
+            start = columns + column
+            self._scaled_xa(x, group, room[:, start : start + group.A.shape[0]])
+            for index, rank in zip(group.members, group.ranks):
+                blocks[index] = blocks[index]._replace(factor=self._adapter(index).B, first_column=column)
+                column += rank
+        block_diagonal(blocks, weight[:, columns:end])
+        return torch.mm(room[:, :end], weight[:, :end].t())
+
     def drawn(self) -> list[torch.Tensor]:
         """The masks that the forward drew, to be saved."""
         return [mask for mask in self.masks if mask is not None]
 
-    def _dxa(self, dys: Sequence[torch.Tensor], group: _Group) -> torch.Tensor:
-        """scaling * dy B of a group's members, side by side."""
+    def _dxa(self, dys: Sequence[torch.Tensor], group: _Group, dxa: torch.Tensor | None = None) -> torch.Tensor:
+        """scaling * dy B of a group's members, side by side; fills `dxa` if given."""
         dtype = group.A.dtype
 
         def one(index: int, out: torch.Tensor | None) -> torch.Tensor:
@@ -183,21 +244,28 @@ class Projections:
             return _scaled_mm(dy if dy.dtype == dtype else dy.to(dtype), self._cast(adapter.B), adapter.scaling, out)
 
         if len(group.members) == 1:
-            return one(group.members[0], None)
-        dxa = torch.empty((dys[0].shape[0], group.A.shape[0]), dtype=dtype, device=dys[0].device)
+            return one(group.members[0], dxa)
+        if dxa is None:
+            dxa = torch.empty((dys[0].shape[0], group.A.shape[0]), dtype=dtype, device=dys[0].device)
         for index, part in zip(group.members, _parts(dxa, group.ranks, 1)):
             one(index, part)
         return dxa
 
     def input_gradient(
-        self, dys: Sequence[torch.Tensor], joint: torch.Tensor | None = None, dx: torch.Tensor | None = None
+        self,
+        dys: Sequence[torch.Tensor],
+        joint: torch.Tensor | None = None,
+        dx: torch.Tensor | None = None,
+        room: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """dx [rows, in_features], and what `factor_gradients` can use again.
 
-        `joint` is the buffer in which the `dys` lie side by side, if they do; `dx` is accumulated into, if given: the
-        caller's own.
+        `joint` is the buffer in which the `dys` lie side by side, if they do; `room` the buffer that they begin side by
+        side, if it has room behind them; `dx` is accumulated into, if given: the caller's own.
         """
         dtype = dys[0].dtype
+        if room is not None:
+            return self._widened_gradient(dys, room, dx)
         if joint is not None and self._all_nf4:
             weight = dequantize_nf4_stack(self._stack, dtype)
             dx = torch.mm(joint, weight) if dx is None else torch.addmm(dx, joint, weight, out=dx)
@@ -220,6 +288,23 @@ class Projections:
                     through = torch.ops.aten.native_dropout_backward(through, mask, 1.0 / (1.0 - rate))
                 dx.add_(through)
         return dx, dxas
+
+    def _widened_gradient(
+        self, dys: Sequence[torch.Tensor], room: torch.Tensor, dx: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """[dy | dxa] [W; A], with A's below the weights."""
+        n_rows = sum(weight.shape[0] for weight in self._stack)
+        end = n_rows + self._rank
+        weight = torch.empty((end, self._stack[0].shape[1]), dtype=room.dtype, device=room.device)
+        dequantize_nf4_stack(self._stack, room.dtype, weight[:n_rows])
+        dxas, start = [], n_rows
+        for group in self._groups:
+            stop = start + group.A.shape[0]
+            weight[start:stop].copy_(group.A)
+            dxas.append(self._dxa(dys, group, room[:, start:stop]))
+            start = stop
+        whole = room[:, :end]
+        return torch.mm(whole, weight) if dx is None else torch.addmm(dx, whole, weight, out=dx), dxas
 
     def factor_gradients(
         self,

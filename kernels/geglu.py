@@ -47,6 +47,7 @@ def _geglu_fwd_kernel(
     h_ptr,
     gate_row_stride,
     up_row_stride,
+    h_row_stride,
     n_rows,
     n_cols,
     BLOCK_M: tl.constexpr,
@@ -59,7 +60,7 @@ def _geglu_fwd_kernel(
     up = tl.load(up_ptr + rows * up_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     t = _tanh(0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate))
     h = 0.5 * gate * (1.0 + t) * up
-    tl.store(h_ptr + rows * n_cols + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptr + rows * h_row_stride + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -106,11 +107,12 @@ def _tiles(gate: torch.Tensor) -> tuple[Launch, tuple[int, int]]:
     return config, (cdiv(n_rows, config.blocks["BLOCK_M"]), cdiv(n_cols, config.blocks["BLOCK_N"]))
 
 
-def geglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """h [rows, columns] of row matrices gate and up with unit column stride, without autograd."""
+def geglu_fwd(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """h [rows, columns] of row matrices gate and up with unit column stride, without autograd; `out`, if given."""
     if not runs_kernel(gate, up):
-        return geglu_reference(gate, up)
-    h = gate.new_empty(gate.shape)
+        h = geglu_reference(gate, up)
+        return h if out is None else out.copy_(h)
+    h = gate.new_empty(gate.shape) if out is None else out
     if h.numel() == 0:
         return h
     config, grid = _tiles(gate)
@@ -120,6 +122,7 @@ def geglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         h_ptr=h,
         gate_row_stride=gate.stride(0),
         up_row_stride=up.stride(0),
+        h_row_stride=h.stride(0),
         n_rows=gate.shape[0],
         n_cols=gate.shape[1],
         **config.kwargs(),

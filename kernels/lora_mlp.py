@@ -12,6 +12,7 @@ Source: Shazeer, "GLU Variants Improve Transformer" (2020); `Gemma4TextMLP` in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -38,19 +39,37 @@ from fastgemma.kernels._lora_products import (
     Wanted,
     check_projections,
     rows_of,
+    with_room,
     without_autocast,
 )
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
 
 
+class MLP(NamedTuple):
+    """gate and up, and down."""
+
+    inner: Projections
+    outer: Projections
+
+    @classmethod
+    def of(cls, projections: Sequence[Projection], autocast: torch.dtype | None, masks: Masks | None = None) -> MLP:
+        """`masks` are those that the forward drew, in a backward."""
+        inner, outer = (None, None) if masks is None else (masks[:2], masks[2:])
+        return cls(Projections(projections[:2], autocast, inner), Projections(projections[2:], autocast, outer))
+
+
 def mlp_fwd(
-    x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None
+    x: torch.Tensor, mlp: MLP, room: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], masks drawn) of x [rows, hidden_size]."""
-    inner, outer = Projections(projections[:2], autocast), Projections(projections[2:], autocast)
-    gate_up, (gate, up) = inner.forward(x, joint=True)
-    y, _ = outer.forward(geglu_fwd(gate, up))
+    """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], masks drawn) of x [rows, hidden_size].
+
+    `room` is the buffer that x begins, if it has the room that `mlp.inner` asked for.
+    """
+    inner, outer = mlp
+    gate_up, (gate, up) = inner.forward(x, joint=True, room=room)
+    h, room = with_room(gate.shape, outer.room(gate.dtype), gate.dtype, gate.device)
+    y, _ = outer.forward(geglu_fwd(gate, up, h), room=room)
     return y, gate_up, inner.drawn() + outer.drawn()
 
 
@@ -58,24 +77,26 @@ def mlp_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     gate_up: torch.Tensor,
-    projections: Sequence[Projection],
-    masks: Masks,
-    autocast: torch.dtype | None,
+    mlp: MLP,
     needs_dx: bool,
     wanted: Sequence[Wanted],
+    room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[Grads]]:
-    """dx [rows, hidden_size], and the gradients of the three projections."""
+    """dx [rows, hidden_size], and the gradients of the three projections.
+
+    `room` is the buffer that dy begins, if it has the room that `mlp.outer` asked for.
+    """
+    inner, outer = mlp
     intermediate = gate_up.shape[1] // 2
     gate, up = gate_up.split_with_sizes((intermediate, intermediate), 1)
     needs_gate, needs_up, needs_h = (needs_dx or any(wanted[0])), (needs_dx or any(wanted[1])), any(wanted[2])
-    inner = Projections(projections[:2], autocast, masks[:2])
-    outer = Projections(projections[2:], autocast, masks[2:])
 
     dxas: list[torch.Tensor] = []
     dh, dgate_up, down_grads = None, None, [Grads()]
     if needs_gate or needs_up:
-        dh, dxas = outer.input_gradient((dy,))
-        dgate_up = torch.empty_like(gate_up)
+        dh, dxas = outer.input_gradient((dy,), room=room)
+        behind = inner.room(gate_up.dtype, gradient=True) if needs_dx else 0
+        dgate_up, inner_room = with_room(gate_up.shape, behind, gate_up.dtype, gate_up.device)
         dgate, dup = dgate_up.split_with_sizes((intermediate, intermediate), 1)
         # h takes the place of its gradient.
         geglu_bwd(dh, gate, up, dgate if needs_gate else None, dup if needs_up else None, dh if needs_h else None)
@@ -87,7 +108,7 @@ def mlp_bwd(
     dx, inner_grads, dxas = None, [Grads(), Grads()], []
     if dgate_up is not None:
         if needs_dx:
-            dx, dxas = inner.input_gradient((dgate, dup), dgate_up)
+            dx, dxas = inner.input_gradient((dgate, dup), dgate_up, room=inner_room)
         inner_grads = inner.factor_gradients((dgate, dup), x, wanted[:2], dxas)
     return dx, inner_grads + down_grads
 
@@ -98,7 +119,7 @@ class _LoraMLP(torch.autograd.Function):
         ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
         projections = projections_of(join_trained(static, trained), numbers)
         with without_autocast(x):
-            y, gate_up, masks = mlp_fwd(rows_of(x), projections, autocast)
+            y, gate_up, masks = mlp_fwd(rows_of(x), MLP.of(projections, autocast))
         keep(ctx, trained, (x, gate_up, *masks))
         return y.view(*x.shape[:-1], y.shape[1])
 
@@ -114,9 +135,7 @@ class _LoraMLP(torch.autograd.Function):
             rows_of(dy),
             rows_of(x),
             gate_up,
-            projections,
-            masks,
-            ctx.autocast,
+            MLP.of(projections, ctx.autocast, masks),
             ctx.needs_input_grad[0],
             wants_of(flags),
         )

@@ -120,6 +120,8 @@ def _dequantize_block(
     offset_ptr,
     out_ptr,
     n_bytes,
+    out_row_stride,
+    COLUMNS: tl.constexpr,  # in_features where rows of the output are apart, else 0
     NESTED: tl.constexpr,
     BYTES_PER_BLOCK: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -139,8 +141,14 @@ def _dequantize_block(
     high = tl.load(code_ptr + ((packed >> 4) & 15)) * absmax
     low = tl.load(code_ptr + (packed & 15)) * absmax
     pairs = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
-    elements = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    tl.store(out_ptr + elements, pairs, mask=elements < 2 * n_bytes)
+    first = tl.program_id(0).to(tl.int64) * (2 * BLOCK)
+    numbers = tl.arange(0, 2 * BLOCK)
+    places = first + numbers
+    if COLUMNS:
+        # The first element's place is worked out once for the program, so that the rest divides in 32 bits.
+        columns = (first % COLUMNS).to(tl.int32) + numbers
+        places = (first // COLUMNS + columns // COLUMNS) * out_row_stride + columns % COLUMNS
+    tl.store(out_ptr + places, pairs, mask=first + numbers < 2 * n_bytes)
 
 
 @kernel
@@ -153,6 +161,8 @@ def _dequantize_nf4_kernel(
     offset_ptr,
     out_ptr,
     n_bytes,
+    out_row_stride,
+    COLUMNS: tl.constexpr,
     NESTED: tl.constexpr,
     BYTES_PER_BLOCK: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -160,7 +170,7 @@ def _dequantize_nf4_kernel(
 ):
     _dequantize_block(
         packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, n_bytes,
-        NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+        out_row_stride, COLUMNS, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
     )  # fmt: skip
 
 
@@ -188,6 +198,8 @@ def _dequantize_nf4_stack_kernel(
     n_bytes0,
     n_bytes1,
     n_bytes2,
+    out_row_stride,
+    COLUMNS: tl.constexpr,
     NESTED: tl.constexpr,
     BYTES_PER_BLOCK: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
@@ -195,20 +207,26 @@ def _dequantize_nf4_stack_kernel(
 ):
     start1 = 2 * n_bytes0.to(tl.int64)
     start2 = start1 + 2 * n_bytes1
+    if COLUMNS:
+        start1 = start1 // COLUMNS * out_row_stride
+        start2 = start2 // COLUMNS * out_row_stride
     if tl.program_id(1) == 0:
         _dequantize_block(
             packed0_ptr, absmax0_ptr, code0_ptr, nested_absmax0_ptr, nested_code0_ptr, offset0_ptr,
-            out_ptr, n_bytes0, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+            out_ptr, n_bytes0, out_row_stride, COLUMNS,
+            NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         _dequantize_block(
             packed1_ptr, absmax1_ptr, code1_ptr, nested_absmax1_ptr, nested_code1_ptr, offset1_ptr,
-            out_ptr + start1, n_bytes1, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+            out_ptr + start1, n_bytes1, out_row_stride, COLUMNS,
+            NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
         )  # fmt: skip
     else:
         _dequantize_block(
             packed2_ptr, absmax2_ptr, code2_ptr, nested_absmax2_ptr, nested_code2_ptr, offset2_ptr,
-            out_ptr + start2, n_bytes2, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+            out_ptr + start2, n_bytes2, out_row_stride, COLUMNS,
+            NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
         )  # fmt: skip
 
 
@@ -217,7 +235,8 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
 
     Args:
         weight: with an even number of elements (every Gemma 4 linear has one).
-        out: contiguous buffer to fill, of `weight.shape` and a floating dtype; None allocates `weight.dtype`.
+        out: row matrix to fill, of `weight.shape`, a floating dtype and unit column stride; None allocates one of
+            `weight.dtype`.
 
     Returns:
         [out_features, in_features], equal bit for bit to `bitsandbytes.functional.dequantize_4bit`.
@@ -230,23 +249,38 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
         raise ValueError(f"fastgemma: dequantize_nf4 needs an even number of weights, got {tuple(weight.shape)}.")
     if out is None:
         out = weight.absmax.new_empty(weight.shape, dtype=weight.dtype)
-    elif out.shape != weight.shape or not out.is_contiguous():
+    elif out.shape != weight.shape or out.stride(1) != 1 or out.stride(0) < out.shape[1]:
         raise ValueError(
-            f"fastgemma: dequantize_nf4 needs a contiguous buffer of {tuple(weight.shape)}, got {tuple(out.shape)}."
+            f"fastgemma: dequantize_nf4 needs a row matrix of {tuple(weight.shape)}, got {tuple(out.shape)} with "
+            f"strides {out.stride()}."
         )
     if not runs_kernel(weight.packed, weight.absmax, out):
         return out.copy_(dequantize_nf4_reference(weight))
     if numel:
         grid, arguments = weight.launch
-        _dequantize_nf4_kernel[grid](out_ptr=out, **arguments)
+        _dequantize_nf4_kernel[grid](out_ptr=out, **_rows(out), **arguments)
     return out
 
 
-def dequantize_nf4_stack(weights: Sequence[NF4Weight], dtype: torch.dtype) -> torch.Tensor:
-    """The dense weights, one below the other: [sum of out_features, in_features], in one launch for up to three."""
+def _rows(out: torch.Tensor) -> dict[str, int]:
+    """Where the kernel writes the rows of `out`."""
+    row_stride, columns = out.stride(0), out.shape[1]
+    return {"out_row_stride": row_stride, "COLUMNS": 0 if row_stride == columns else columns}
+
+
+def dequantize_nf4_stack(
+    weights: Sequence[NF4Weight], dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The dense weights, one below the other: [sum of out_features, in_features], in one launch for up to three.
+
+    `out` is a row matrix of that shape, dtype and unit column stride to fill, or None.
+    """
     heights = [weight.shape[0] for weight in weights]
     first = weights[0]
-    out = first.absmax.new_empty((sum(heights), first.shape[1]), dtype=dtype)
+    if out is None:
+        out = first.absmax.new_empty((sum(heights), first.shape[1]), dtype=dtype)
+    if len(weights) == 1:
+        return dequantize_nf4(first, out)
     key = tuple(map(id, weights[1:]))
     stack = first.stacks.get(key)
     if stack is None:
@@ -258,7 +292,7 @@ def dequantize_nf4_stack(weights: Sequence[NF4Weight], dtype: torch.dtype) -> to
             dequantize_nf4(weight, rows)
     elif out.numel():
         grid, arguments = stack[1]
-        _dequantize_nf4_stack_kernel[grid](out_ptr=out, **arguments)
+        _dequantize_nf4_stack_kernel[grid](out_ptr=out, **_rows(out), **arguments)
     return out
 
 

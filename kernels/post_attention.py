@@ -40,12 +40,13 @@ from fastgemma.kernels._lora_products import (
     Projections,
     Wanted,
     check_projections,
+    with_room,
     without_autocast,
 )
 from fastgemma.kernels.backend import as_rows, runs_kernel
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
-from fastgemma.kernels.lora_mlp import check_mlp, lora_mlp_reference, mlp_bwd, mlp_fwd
+from fastgemma.kernels.lora_mlp import MLP, check_mlp, lora_mlp_reference, mlp_bwd, mlp_fwd
 from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference, rms_norm_residual_reference
 
 
@@ -76,6 +77,13 @@ def _one(projection: Projection, x: torch.Tensor, autocast: torch.dtype | None) 
     return y, bundle.drawn()
 
 
+def _with_room(
+    like: torch.Tensor, bundle: Projections, gradient: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A row matrix like the given one, and the buffer that it begins, with the room that `bundle` asks for."""
+    return with_room(like.shape, bundle.room(like.dtype, gradient), like.dtype, like.device)
+
+
 class _PostAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attended, residual, per_layer_input, layer_scalar, static, numbers, eps, autocast, *trained):
@@ -88,7 +96,10 @@ class _PostAttention(torch.autograd.Function):
         with without_autocast(attended):
             o_out, masks = _one(o, rows, autocast)
             h1 = rms_norm_fwd(o_out, norm1, eps, as_rows(residual), rstd=rstd1)
-            mlp_out, gate_up, drawn = mlp_fwd(rms_norm_fwd(h1, norm2, eps, rstd=rstd2), mlp, autocast)
+            bundles = MLP.of(mlp, autocast)
+            x, room = _with_room(h1, bundles.inner)
+            mlp_out, gate_up, drawn = mlp_fwd(rms_norm_fwd(h1, norm2, eps, rstd=rstd2, out=x), bundles, room)
+            del x, room
             masks += drawn
             out = rms_norm_fwd(
                 mlp_out, norm3, eps, h1, None if gate else layer_scalar, rstd3, None if gate else residual.shape
@@ -97,8 +108,10 @@ class _PostAttention(torch.autograd.Function):
             if gate:
                 h2, inputs = out, as_rows(per_layer_input)
                 gated, drawn = _one(gate[0], h2, autocast)
-                projected, drawn_too = _one(gate[1], geglu_fwd(gated, inputs), autocast)
-                masks += drawn + drawn_too
+                projection = Projections(gate[1:], autocast)
+                product, room = _with_room(gated, projection)
+                projected, _ = projection.forward(geglu_fwd(gated, inputs, product), room=room)
+                masks += drawn + projection.drawn()
                 out = rms_norm_fwd(projected, norm4, eps, h2, layer_scalar, rstd4[0], residual.shape)
                 saved += [per_layer_input, gated, projected]
                 # Its factors' gradients alone need the gate's input.
@@ -123,46 +136,67 @@ class _PostAttention(torch.autograd.Function):
         wanted = wants_of(flags)
         rstd1, rstd2, rstd3, *rstd4 = rstd.unbind()
         scalar, autocast = ctx.layer_scalar, ctx.autocast
+        bundles = MLP.of(mlp, autocast, masks[:3])
 
         d_input, d_norm4, gate_grads = None, None, []
         if per_layer:
             per_layer_input, gated, projected, h2 = per_layer
+            gate, projection = (Projections((p,), autocast, [mask]) for p, mask in zip(mlp_and_gate[3:], masks[3:]))
+            d_projected, room = _with_room(projected, projection, gradient=True)
             grads = rms_norm_bwd(
-                as_rows(d_out), projected, norm4, rstd4[0], scalar, needs_dresidual=True, needs_dweight=wants4
+                as_rows(d_out),
+                projected,
+                norm4,
+                rstd4[0],
+                scalar,
+                needs_dresidual=True,
+                needs_dweight=wants4,
+                out=d_projected,
             )
             d_norm4 = grads.weight
             d_h2, d_input, gate_grads = _per_layer_bwd(
-                grads.x,
+                d_projected,
+                room,
                 grads.residual,
                 h2,
                 gated,
                 as_rows(per_layer_input),
-                [Projections((p,), autocast, [mask]) for p, mask in zip(mlp_and_gate[3:], masks[3:])],
+                (gate, projection),
                 wanted[4:],
                 needs[2],
             )
-            grads = rms_norm_bwd(d_h2, mlp_out, norm3, rstd3, needs_dweight=wants3)
+            d_mlp_out, room = _with_room(mlp_out, bundles.outer, gradient=True)
+            grads = rms_norm_bwd(d_h2, mlp_out, norm3, rstd3, needs_dweight=wants3, out=d_mlp_out)
             d_h1 = d_h2
         else:
+            d_mlp_out, room = _with_room(mlp_out, bundles.outer, gradient=True)
             grads = rms_norm_bwd(
-                as_rows(d_out), mlp_out, norm3, rstd3, scalar, needs_dresidual=True, needs_dweight=wants3
+                as_rows(d_out),
+                mlp_out,
+                norm3,
+                rstd3,
+                scalar,
+                needs_dresidual=True,
+                needs_dweight=wants3,
+                out=d_mlp_out,
             )
             d_h1 = grads.residual
         d_norm3 = grads.weight
 
         x = rms_norm_fwd(h1, norm2, ctx.eps) if any(wanted[1]) or any(wanted[2]) else h1
-        dx, mlp_grads = mlp_bwd(grads.x, x, gate_up, mlp, masks[:3], autocast, True, wanted[1:4])
-        del x
+        dx, mlp_grads = mlp_bwd(d_mlp_out, x, gate_up, bundles, True, wanted[1:4], room)
+        del x, d_mlp_out, room
         grads = rms_norm_bwd(dx, h1, norm2, rstd2, addend=d_h1, needs_dweight=wants2)
         d_h1, d_norm2 = grads.x, grads.weight
 
         bundle = Projections((o,), autocast, [o_mask])
-        grads = rms_norm_bwd(d_h1, o_out, norm1, rstd1, needs_dweight=wants1)
+        d_o_out, room = _with_room(o_out, bundle, gradient=True)
+        grads = rms_norm_bwd(d_h1, o_out, norm1, rstd1, needs_dweight=wants1, out=d_o_out)
         d_attended, dxas = None, []
         if needs[0]:
-            d_attended, dxas = bundle.input_gradient((grads.x,))
+            d_attended, dxas = bundle.input_gradient((d_o_out,), room=room)
             d_attended = d_attended.view(attended.shape)
-        o_grads = bundle.factor_gradients((grads.x,), as_rows(attended), wanted[:1], dxas)
+        o_grads = bundle.factor_gradients((d_o_out,), as_rows(attended), wanted[:1], dxas)
         factors = [gradient for grad in (*o_grads, *mlp_grads, *gate_grads) for gradient in grad]
         flat = [grads.weight, d_norm2, d_norm3, d_norm4, *factors]
         return (
@@ -176,6 +210,7 @@ class _PostAttention(torch.autograd.Function):
 
 def _per_layer_bwd(
     d_projected: torch.Tensor,
+    room: torch.Tensor | None,
     d_h2: torch.Tensor,
     h2: torch.Tensor | None,
     gated: torch.Tensor,
@@ -184,15 +219,18 @@ def _per_layer_bwd(
     wanted: Sequence[Wanted],
     needs_input: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[Grads]]:
-    """(d_h2, accumulated into; the gradient of the per-layer input; those of gate and projection)."""
+    """(d_h2, accumulated into; the gradient of the per-layer input; those of gate and projection).
+
+    `room` is the buffer that d_projected begins, if it has room.
+    """
     gate, projection = bundles
-    d_product, dxas = projection.input_gradient((d_projected,))
-    d_gated = torch.empty_like(gated)
+    d_product, dxas = projection.input_gradient((d_projected,), room=room)
+    d_gated, room = _with_room(gated, gate, gradient=True)
     d_input = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device) if needs_input else None
     # The product takes the place of its gradient.
     geglu_bwd(d_product, gated, inputs, d_gated, d_input, d_product if any(wanted[1]) else None)
     projection_grads = projection.factor_gradients((d_projected,), d_product, wanted[1:], dxas)
-    d_h2, dxas = gate.input_gradient((d_gated,), dx=d_h2)
+    d_h2, dxas = gate.input_gradient((d_gated,), dx=d_h2, room=room)
     gate_grads = gate.factor_gradients((d_gated,), gated if h2 is None else h2, wanted[:1], dxas)
     return d_h2, d_input, gate_grads + projection_grads
 

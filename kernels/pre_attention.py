@@ -38,6 +38,7 @@ from fastgemma.kernels._lora_products import (
     Projection,
     Projections,
     check_projections,
+    with_room,
     without_autocast,
 )
 from fastgemma.kernels.backend import as_rows, runs_kernel
@@ -62,10 +63,11 @@ class _PreAttention(torch.autograd.Function):
         projections = projections_of(parts, numbers)
         rows, angles = as_rows(hidden_states), Angles.of(cos, sin)
         rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-        x = rms_norm_fwd(rows, norm, eps, rstd=rstd)
         bundle = Projections(projections, autocast)
+        x, room = with_room(rows.shape, bundle.room(rows.dtype), rows.dtype, rows.device)
+        rms_norm_fwd(rows, norm, eps, rstd=rstd, out=x)
         with without_autocast(x):
-            columns, parts = bundle.forward(x, joint=True)
+            columns, parts = bundle.forward(x, joint=True, room=room)
         padded: list[Any] = [*parts, None, None]
         q, k, v = padded[:3]
         outs = qk_norm_rope_fwd(q, k, v, angles, q_norm, k_norm, heads, hidden_states.shape[:2])
@@ -88,7 +90,9 @@ class _PreAttention(torch.autograd.Function):
         bundle = Projections(projections, ctx.autocast, masks_of(projections, drawn))
         rows = as_rows(hidden_states)
 
-        d_columns = torch.empty_like(columns)
+        needs_hidden = ctx.needs_input_grad[0]
+        behind = bundle.room(columns.dtype, gradient=True) if needs_hidden or wants_norm else 0
+        d_columns, room = with_room(columns.shape, behind, columns.dtype, columns.device)
         d_ins = _qkv(d_columns, projections)
         d_q_norm, d_k_norm = qk_norm_rope_bwd(
             d_outs,
@@ -101,10 +105,9 @@ class _PreAttention(torch.autograd.Function):
             wants_q_norm or wants_k_norm,
         )
         dys = [grad for grad in d_ins if grad is not None]
-        needs_hidden = ctx.needs_input_grad[0]
         d_hidden, d_norm, dxas = None, None, []
         if needs_hidden or wants_norm:
-            dx, dxas = bundle.input_gradient(dys, d_columns)
+            dx, dxas = bundle.input_gradient(dys, d_columns, room=room)
             grads = rms_norm_bwd(
                 dx,
                 rows,

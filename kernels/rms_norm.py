@@ -39,6 +39,7 @@ def _rms_norm_fwd_kernel(
     rstd_ptr,
     x_row_stride,
     residual_row_stride,
+    y_row_stride,
     n_rows,
     n_cols,
     eps,
@@ -68,7 +69,7 @@ def _rms_norm_fwd_kernel(
         y = y + residual.to(tl.float32)
     if HAS_SCALE:
         y = y * tl.load(scale_ptr).to(tl.float32)
-    tl.store(y_ptr + rows[:, None] * n_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + rows[:, None] * y_row_stride + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -85,6 +86,7 @@ def _rms_norm_bwd_kernel(
     dy_row_stride,
     x_row_stride,
     addend_row_stride,
+    dx_row_stride,
     n_rows,
     n_cols,
     HAS_WEIGHT: tl.constexpr,
@@ -109,11 +111,11 @@ def _rms_norm_bwd_kernel(
         g = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
-        out = rows[:, None] * n_cols + cols[None, :]
         if HAS_SCALE:
             g = g * tl.load(scale_ptr).to(tl.float32)
         if NEEDS_DRESIDUAL:
-            tl.store(dresidual_ptr + out, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            dresidual = dresidual_ptr + rows[:, None] * n_cols + cols[None, :]
+            tl.store(dresidual, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         x_hat = x * rstd[:, None]
         if NEEDS_DWEIGHT:
             dweight += tl.sum(g * x_hat, axis=0)
@@ -125,7 +127,8 @@ def _rms_norm_bwd_kernel(
             if HAS_ADDEND:
                 addend = tl.load(addend_ptr + rows[:, None] * addend_row_stride + cols[None, :], mask=mask, other=0.0)
                 dx += addend.to(tl.float32)
-            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            out = dx_ptr + rows[:, None] * dx_row_stride + cols[None, :]
+            tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEEDS_DWEIGHT:
         tl.store(dweight_ptr + program * n_cols + cols, dweight, mask=col_mask)
 
@@ -143,14 +146,15 @@ def rms_norm_fwd(
     scale: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
     shape: torch.Size | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y of row matrices x and residual [rows, columns] with unit column stride; fills `rstd` [rows] float32 if given.
 
-    y is [rows, columns], or of `shape`: a layer's output should own its memory rather than be a view. Launches the
-    kernel, without autograd: for operations that contain a norm.
+    y is `out`, a row matrix, if given; else new, of `shape` if given: a layer's output should own its memory rather
+    than be a view. Launches the kernel, without autograd: for operations that contain a norm.
     """
     n_rows, n_cols = x.shape
-    y = x.new_empty(x.shape if shape is None else shape)
+    y = x.new_empty(x.shape if shape is None else shape) if out is None else out
     if n_rows == 0:
         return y
     config, block_n = _row_launch(n_cols, x.device)
@@ -163,6 +167,7 @@ def rms_norm_fwd(
         rstd_ptr=x if rstd is None else rstd,
         x_row_stride=x.stride(0),
         residual_row_stride=0 if residual is None else residual.stride(0),
+        y_row_stride=n_cols if out is None else out.stride(0),
         n_rows=n_rows,
         n_cols=n_cols,
         eps=eps,
@@ -195,13 +200,15 @@ def rms_norm_bwd(
     needs_dx: bool = True,
     needs_dresidual: bool = False,
     needs_dweight: bool = False,
+    out: torch.Tensor | None = None,
 ) -> RMSNormGrads:
     """Gradients from row matrices with unit column stride, without autograd.
 
-    `addend` [rows, columns] is added to dx before it is rounded. Without a scale dresidual is dy itself: do not ask.
+    `addend` [rows, columns] is added to dx before it is rounded. dx is `out`, a row matrix, if given. Without a scale
+    dresidual is dy itself: do not ask.
     """
     n_rows, n_cols = x.shape
-    dx = x.new_empty(x.shape) if needs_dx else None
+    dx = (x.new_empty(x.shape) if out is None else out) if needs_dx else None
     dresidual = dy.new_empty(x.shape) if needs_dresidual else None
     if n_rows == 0:
         return RMSNormGrads(dx, dresidual, torch.zeros_like(weight) if needs_dweight and weight is not None else None)
@@ -225,6 +232,7 @@ def rms_norm_bwd(
         dy_row_stride=dy.stride(0),
         x_row_stride=x.stride(0),
         addend_row_stride=0 if addend is None else addend.stride(0),
+        dx_row_stride=n_cols if out is None else out.stride(0),
         n_rows=n_rows,
         n_cols=n_cols,
         HAS_WEIGHT=weight is not None,

@@ -128,6 +128,19 @@ def test_a_stack_is_its_weights(heights, nested, dtype, device, monkeypatch):
     assert len(log) == (2 if 2 <= len(heights) <= 3 else 2 * len(heights))
 
 
+@pytest.mark.parametrize("heights", [(5,), (64, 7), (129, 1, 33), (3, 5, 7, 9)], ids=str)
+@pytest.mark.parametrize("columns", [64, 192, 1536])
+def test_rows_apart_leave_what_lies_between(heights, columns, device):
+    """Into the first columns of a wider matrix, in programs that begin in the middle of a row."""
+    weights = [quantize((rows, columns), device, torch.float32)[1] for rows in heights]
+    expected = torch.cat([dequantize_nf4(weight) for weight in weights])
+    whole = torch.full((sum(heights) + 1, columns + 16), 7.0, device=device)
+    out = whole[: sum(heights), :columns]
+    assert dequantize_nf4_stack(weights, torch.float32, out).data_ptr() == out.data_ptr()
+    assert same_bits(out.contiguous(), expected)
+    assert (whole[:, columns:] == 7).all() and (whole[-1] == 7).all()
+
+
 def test_a_stack_of_unlike_weights(device):
     """Another block size, and scales that are not nested: one launch does not do."""
     weights = [quantize((32, 128), device, torch.float32, blocksize, nested)[1]
@@ -171,8 +184,8 @@ def test_device_and_dtype_of_a_weight(device):
     "change, out, message",
     [
         ({"shape": torch.Size((3, 3))}, None, "even number"),
-        ({}, torch.empty(64, 4), "buffer"),
-        ({}, torch.empty(64, 4).t(), "contiguous"),
+        ({}, torch.empty(64, 4), "row matrix"),
+        ({}, torch.empty(64, 4).t(), "row matrix"),
         ({}, torch.empty(4, 64, device="meta"), "meta"),
         ({"absmax": torch.empty(4, device="meta")}, None, "meta"),
     ],

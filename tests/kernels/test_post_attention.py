@@ -9,6 +9,7 @@ import torch
 from kernel_checks import (
     FLOAT32_BUDGET,
     LAYOUTS,
+    Dispatched,
     Inputs,
     assert_float32,
     assert_no_worse_over_seeds,
@@ -123,10 +124,31 @@ def test_output_and_gradients(per_layer, base, norms, device):
 
 
 @both
+@pytest.mark.parametrize("rank", [2, 8, 24])
 @pytest.mark.parametrize("adapted", [(), (0,), (1, 3), (2,)], ids=str)
-def test_adapters_on_some_projections(per_layer, adapted, device):
-    inputs = make(device, per_layer, adapted=adapted)
+def test_adapters_on_some_projections(per_layer, adapted, rank, device):
+    inputs = make(device, per_layer, adapted=adapted, rank=rank)
     check(inputs, make_grads(inputs))
+
+
+@both
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_within_the_base_products(per_layer, dropout, device):
+    """Ranks that let adapters be columns of the base products, forward and, without dropout, backward."""
+    inputs = make(device, per_layer, rank=8)
+    grads = make_grads(inputs)
+    truth = evaluate(seeded(call(post_attention_reference, dropout)), inputs, grads)
+    with Dispatched() as seen:
+        actual = evaluate(seeded(call(post_attention, dropout)), inputs, grads)
+    assert_float32(actual, truth)
+    count = 6 if per_layer else 4
+    # o and the per-layer gate read what others made, which has no room: base, x A^T and B apart.
+    apart = 2 if per_layer else 1
+    bases = count - 1  # gate and up are one
+    groups = count if dropout else count - 1
+    forward = bases + groups + apart
+    through = (count if dropout else 0) + bases + count  # d(x) A apart, dx, dy B
+    assert seen.matmuls == forward + through + 2 * groups + count
 
 
 @both

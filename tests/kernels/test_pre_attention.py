@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_checks import (
     LAYOUTS,
+    Dispatched,
     Inputs,
     assert_float32,
     assert_no_worse_over_seeds,
@@ -49,9 +50,10 @@ def make(
     norms: bool = False,
     shape: tuple[int, int] = (2, 13),
     adapter_dtype: torch.dtype | None = None,
+    rank: int | None = None,
     **options: Any,
 ) -> Inputs:
-    """hidden_states, angles, norm weights, and W{i}, A{i}, B{i} of each projection."""
+    """hidden_states, angles, norm weights, and W{i}, A{i}, B{i} of each projection; by default of unlike ranks."""
     heads, counts = KINDS[kind]
     inputs: Inputs = {"hidden_states": fresh(*shape, HIDDEN, device=device, dtype=dtype, **options)}
     angle = torch.rand(1, shape[1], heads.head_dim, device=device) * 6
@@ -65,17 +67,17 @@ def make(
             inputs[f"W{i}"] = nf4(width, HIDDEN, device, dtype)
         else:
             inputs[f"W{i}"] = fresh(width, HIDDEN, device=device, dtype=dtype, grad=base == "trained")
-        inputs[f"A{i}"] = fresh(2 + i, HIDDEN, device=device, dtype=adapter_dtype or dtype)
-        inputs[f"B{i}"] = fresh(width, 2 + i, device=device, dtype=adapter_dtype or dtype)
+        inputs[f"A{i}"] = fresh(rank or 2 + i, HIDDEN, device=device, dtype=adapter_dtype or dtype)
+        inputs[f"B{i}"] = fresh(width, rank or 2 + i, device=device, dtype=adapter_dtype or dtype)
     return inputs
 
 
-def call(fn: Any, kind: str, dropout: float = 0.0, **options: Any) -> Any:
+def call(fn: Any, kind: str, dropout: float = 0.0, scalings: Any = (0.5, 1.5, 2.5), **options: Any) -> Any:
     """`fn` over the inputs that `make` gives, as a function of them."""
 
     def run(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **tensors: Any) -> Any:
         projections = [
-            Projection(tensors[f"W{i}"], Adapter(tensors[f"A{i}"], tensors[f"B{i}"], 0.5 + i), dropout)
+            Projection(tensors[f"W{i}"], Adapter(tensors[f"A{i}"], tensors[f"B{i}"], scalings[i]), dropout)
             for i in range(len(KINDS[kind][1]))
         ]
         norms = tensors["norm"], tensors["q_norm"], tensors.get("k_norm")
@@ -102,6 +104,26 @@ def test_outputs_and_gradients(kind, base, norms, device):
     grads = make_grads(inputs, kind)
     truth = evaluate(call(reference, kind), double(inputs), double(grads))
     assert_float32(evaluate(call(pre_attention, kind), inputs, grads), truth)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("scalings", [(0.5, 1.5, 2.5), (2.0, 2.0, 2.0)], ids=["unlike", "alike"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_within_the_base_product(kind, scalings, dropout, device):
+    """Ranks that let the B's be columns beside the weights: no product of theirs is added to an output, and without
+    dropout none of the A's to dx."""
+    inputs = make(kind, device, rank=8)
+    grads = make_grads(inputs, kind)
+    ours, theirs = (seeded(call(fn, kind, dropout, scalings)) for fn in (pre_attention, reference))
+    with Dispatched() as seen:
+        actual = evaluate(ours, inputs, grads)
+    assert_float32(actual, evaluate(theirs, inputs, grads))
+    count = len(KINDS[kind][1])
+    # x A^T of all, or of each where scalings or masks are its own; B's are written beside the weights.
+    xa = 1 if scalings[0] == scalings[1] and not dropout else count
+    dropped = count if dropout else 1  # groups that the backward computes x A^T and d(x) A for
+    expected = (xa + 1) + (count + 1 + (count if dropout else 0)) + (dropped + count + dropped)
+    assert seen.matmuls == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 101), (3, 2)], ids=str)

@@ -155,6 +155,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def operations(dtype: torch.dtype = torch.bfloat16) -> None:
     """Every operation once, forward and backward, on the published shapes with few tokens."""
+    from fastgemma.kernels.adapter_columns import Block, block_diagonal
     from fastgemma.kernels.attention import attention
     from fastgemma.kernels.geglu import geglu
     from fastgemma.kernels.key_intervals import key_intervals
@@ -197,6 +198,12 @@ def operations(dtype: torch.dtype = torch.bfloat16) -> None:
         weight = NF4Weight(packed, absmax, torch.ones(16), torch.Size((64, 64)), dtype, 64, scales)
         dequantize_nf4(weight)
         dequantize_nf4_stack([weight, weight, weight], dtype)
+        wider = torch.empty(192, 64 + 48, dtype=dtype)
+        dequantize_nf4(weight, wider[:64, :64])
+        dequantize_nf4_stack([weight, weight, weight], dtype, wider[:, :64])
+    blocks = [Block(rand(64, 16, grad=False), 64 * number, 64, 16 * number) for number in range(3)]
+    for count in (2, 3):
+        block_diagonal(blocks[:count], torch.empty(64 * count, 64 + 16 * count, dtype=dtype)[:, 64:])
     for heads, kv_heads, head_dim, window in (
         (8, 1, 256, 512),
         (16, 8, 256, 1024),
