@@ -52,6 +52,7 @@ FINGERPRINTS: dict[str, frozenset[str]] = {
             "4c6da2529f65",
         }
     ),
+    "transformers.models.gemma4.modeling_gemma4:Gemma4TextModel.project_per_layer_inputs": frozenset({"da85b4c998ff"}),
     "transformers.models.gemma4_unified.modeling_gemma4_unified:Gemma4UnifiedForCausalLM.forward": frozenset(
         {
             "203799cfd03b",

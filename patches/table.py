@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgemma.patches import fixes, host_copies, per_layer_embeddings
+from fastgemma.patches import fixes, host_copies, per_layer_embeddings, per_layer_inputs
 from fastgemma.patches.attention import make_attention
 from fastgemma.patches.decoder_layer import make_decoder_layer
 from fastgemma.patches.engine import Engine, Row
@@ -83,6 +83,13 @@ def _per_layer_embedding_rows() -> list[Row]:
             "Gemma4TextModel.get_per_layer_inputs",
             per_layer_embeddings.make_lookup,
             ("input_ids", "inputs_embeds"),
+        ),
+        Row(
+            feature,
+            module,
+            "Gemma4TextModel.project_per_layer_inputs",
+            per_layer_inputs.make_projection,
+            ("inputs_embeds", "per_layer_inputs"),
         ),
         Row(
             feature,

@@ -1,0 +1,96 @@
+"""Per-layer inputs are unbound once: stock's gradients to the bit, without a whole tensor of zeros for each layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import structures
+import torch
+from kernel_checks import same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastgemma
+
+ALONE: dict[str, Any] = {**dict.fromkeys(fastgemma.status(), False), "per_layer_embeddings": True}
+
+
+class Slicing(TorchDispatchMode):
+    """Counts the backwards of slices and selections from a tensor of this shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.count += name in ("slice_backward", "select_backward") and tuple(args[1]) == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
+    """Of all parameters, and how many slices' backwards ran."""
+    model.zero_grad()
+    out = model(**inputs)
+    layers, size = len(model.model.layers), model.config.hidden_size_per_layer_input
+    with Slicing((*inputs["input_ids"].shape, layers, size)) as slicing:
+        out.loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, slicing.count
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["e2b", "e4b"])
+def test_gradients_are_stock_s_to_the_bit(name: str, checkpointing: bool, device: torch.device) -> None:
+    model = structures.build(name).to(device).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = structures.batch("padding", device=device)
+    stock, slices = gradients(model, inputs)
+    assert slices >= len(model.model.layers)
+    with fastgemma.patched(**ALONE):
+        ours, slices = gradients(model, inputs)
+    assert slices == 0
+    assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
+
+
+def test_layers_read_contiguous_pieces(device: torch.device) -> None:
+    model = structures.build("e2b").to(device).train()
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    with fastgemma.patched(**ALONE):
+        model(**structures.batch("padding", device=device))
+    assert len(seen) == len(model.model.layers)
+    assert all(type(x) is torch.Tensor and x.is_contiguous() for x in seen)
+
+
+def test_it_stays_a_tensor_for_everybody_else(device: torch.device) -> None:
+    model = structures.build("e2b").to(device).train()
+    text = model.model
+    ids = structures.batch("padding", device=device)["input_ids"]
+    embeds = text.embed_tokens(ids).detach().requires_grad_()
+
+    everything = slice(None)
+
+    def project() -> torch.Tensor:
+        return text.project_per_layer_inputs(embeds, text.get_per_layer_inputs(ids, None))
+
+    stock = project()
+    with fastgemma.patched(**ALONE):
+        ours = project()
+        assert isinstance(ours, torch.Tensor) and same_bits(ours.detach(), stock.detach())
+        tokens = (slice(-1, None), slice(0, None), slice(0, 5), slice(None, None, 2), everything)
+        cuts: list[Any] = [(everything, cut, layers, everything) for cut in tokens for layers in (everything, 1)]
+        for index in (*cuts, 0, (..., 1), (0, 1, 2, 3), None):
+            assert same_bits(ours[index].detach(), stock[index].detach())
+        for last in (0, len(text.layers) - 1, -1):
+            assert same_bits(ours[:, :, last, :].detach(), stock[:, :, last, :].detach())
+        with pytest.raises(IndexError):
+            ours[:, :, len(text.layers), :]
+        weights = torch.randn_like(stock)
+        (mixed,) = torch.autograd.grad((ours * weights).sum() + ours[:, :, 1, :].sum(), embeds)
+        (expected,) = torch.autograd.grad((stock * weights).sum() + stock[:, :, 1, :].sum(), embeds)
+        torch.testing.assert_close(mixed, expected)
+        with torch.no_grad():
+            assert type(project()) is torch.Tensor
+    assert type(project()) is torch.Tensor
