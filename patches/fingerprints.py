@@ -2,6 +2,7 @@
 
 FINGERPRINTS: dict[str, frozenset[str]] = {
     "accelerate.utils.operations:send_to_device": frozenset({"303c670335aa", "6dec6c3cf818"}),
+    "bitsandbytes.optim.optimizer:Optimizer2State.update_step": frozenset({"81160385c28e"}),
     "peft.tuners.tuners_utils:BaseTuner.inject_adapter": frozenset({"3413a54648d5"}),
     "peft.utils.other:prepare_model_for_kbit_training": frozenset({"7bc99efe4ace"}),
     "transformers.models.gemma4.modeling_gemma4:Gemma4ForCausalLM.forward": frozenset(

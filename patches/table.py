@@ -12,7 +12,7 @@ from fastgemma.patches.layer_graphs import make_layer_call
 from fastgemma.patches.loss import make_head_forward
 from fastgemma.patches.mlp import make_mlp
 from fastgemma.patches.norms import make_norm
-from fastgemma.patches.optimizer import make_sync
+from fastgemma.patches.optimizer import make_sync, make_update_step
 from fastgemma.patches.trl_head import make_add_fused_lm_head
 from fastgemma.patches.whole_layer import PARTS
 
@@ -147,6 +147,14 @@ ROWS = [
         "sync_gpu",
         make_sync,
         ("t",),
+        requires="bitsandbytes",
+    ),
+    Row(
+        ("optimizer",),
+        "bitsandbytes.optim.optimizer",
+        "Optimizer2State.update_step",
+        make_update_step,
+        ("group", "p", "gindex", "pindex"),
         requires="bitsandbytes",
     ),
     Row(

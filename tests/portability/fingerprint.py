@@ -2,9 +2,9 @@
 
     python tests/portability/fingerprint.py DIR [DIR ...] > patches/fingerprints.py
 
-Each DIR holds packages as a wheel unpacks them (`transformers/`, `peft/`, `trl/`, `accelerate/`); nothing in them is
-imported. Run it over every supported release when one is added, after reading what changed and running the suite
-against it.
+Each DIR holds packages as a wheel unpacks them (`transformers/`, `peft/`, `trl/`, `accelerate/`, `bitsandbytes/`);
+nothing in them is imported. Run it over every supported release when one is added, after reading what changed and
+running the suite against it.
 """
 
 from __future__ import annotations
