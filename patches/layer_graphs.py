@@ -5,8 +5,9 @@ two graphs the layer costs the host a tenth. What is replayed is the layer as `w
 attention, to the bit; `fastgemma.kernels.graph_replay` says how. It takes the place of transformers' own checkpointing
 of the layer: the backward's graph recomputes it.
 
-A graph is only as good as what it was recorded for. Each call reads the layer as an ordinary call does, and only a
-graph of exactly that (weights, adapters, scalings, dropout rates, shapes, what requires gradients) is replayed.
+A graph is only as good as what it was recorded for. A call reads the layer as an ordinary call does, unless nothing in
+the layer has changed since the last one, and only a graph of exactly that (weights, adapters, scalings, dropout rates,
+shapes, what requires gradients) is replayed.
 Recording waits until it pays: for a shape that comes often, after its first calls.
 """
 
@@ -31,11 +32,12 @@ from fastgemma.kernels.graph_replay import Arena, Replay, Tensors
 from fastgemma.kernels.key_intervals import KeyIntervals
 from fastgemma.kernels.nf4 import NF4Weight
 from fastgemma.kernels.workspace import card_bytes
-from fastgemma.patches.attention import attend
+from fastgemma.patches.attention import attend, rotary_dim
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.guards import hooked, unusable
 from fastgemma.patches.interval_masks import IntervalMask
 from fastgemma.patches.projections import Unsupported
+from fastgemma.patches.snapshot import Snapshot
 from fastgemma.patches.whole_layer import (
     PARTS,
     After,
@@ -76,6 +78,13 @@ class _Layer:
 
     calls: Counter[Any] = field(default_factory=Counter)
     graphs: dict[Any, _LayerGraph] = field(default_factory=dict)
+    # By what a recording depends on beside the layer: the layer's state, and the recording's key.
+    noted: dict[Any, tuple[Snapshot, Any]] = field(default_factory=dict)
+
+    def key(self, outside: Any) -> Any:
+        """Of the recording that this layer, as it is, last used under these circumstances; or None."""
+        snapshot, key = self.noted.get(outside, (None, None))
+        return key if snapshot is not None and key in self.graphs and snapshot.holds() else None
 
 
 class _LayerGraph:
@@ -183,8 +192,23 @@ def _signature(item: Any) -> Any:
     return item
 
 
-def _modes() -> tuple[Any, ...]:
-    """Global switches that decide which kernels torch runs."""
+class _Key:
+    """Parts that are compared, and hashed once: they are long, and looked up several times in a call."""
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._parts == other._parts
+
+
+def _modes(kind: str) -> tuple[Any, ...]:
+    """Global switches that decide which kernels torch runs on this kind of device."""
     cuda = torch.backends.cuda
     return (
         cuda.flash_sdp_enabled(),
@@ -194,7 +218,7 @@ def _modes() -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         # Torch's older getter raises where TF32 was switched on by the newer setting.
         getattr(cuda.matmul, "fp32_precision", None),
-        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
     )
 
 
@@ -229,20 +253,30 @@ class LayerGraphs:
             Unsupported: the layer must run without one.
         """
         hidden_states, per_layer_input = inputs[:2]
-        read = (
-            read_before(layer, hidden_states, constants[:2]),  # type: ignore[arg-type]
-            read_after(layer, hidden_states, per_layer_input),  # type: ignore[arg-type]
-        )
         forms = tuple(map(_form, (*inputs, *constants)))
         attention = layer.self_attn
-        switches = (attention.scaling, attention.sliding_window, attention.is_causal, attention.num_key_value_groups)
+        switches = (
+            attention.scaling,
+            attention.sliding_window,
+            attention.is_causal,
+            attention.num_key_value_groups,
+            rotary_dim(attention),
+        )
         # Recordings share buffers, so they belong to the thread and the stream that they are run from.
         place = (hidden_states.device, _stream(hidden_states.device), threading.get_ident())  # type: ignore[union-attr]
-        key = (place, forms, form, switches, _modes(), _signature(read))
+        outside = _Key(place, forms, form, switches, _modes(hidden_states.device.type))  # type: ignore[union-attr]
         with self._lock:
             known = self._layers.get(layer)
             if known is None:
                 known = self._layers[layer] = _Layer()
+            key = known.key(outside)
+            if key is None:
+                read = (
+                    read_before(layer, hidden_states, constants[:2]),  # type: ignore[arg-type]
+                    read_after(layer, hidden_states, per_layer_input),  # type: ignore[arg-type]
+                )
+                key = _Key(outside, _signature(read))
+                known.noted.pop(outside, None)
             if len(known.calls) >= _MAX_COUNTED:
                 known.calls.clear()
             known.calls[key] += 1
@@ -256,6 +290,10 @@ class LayerGraphs:
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
             known.graphs[key] = graph
+            if outside not in known.noted:
+                while len(known.noted) >= _MAX_GRAPHS:
+                    del known.noted[next(iter(known.noted))]
+                known.noted[outside] = Snapshot(layer), key
             return graph
 
     def _record(

@@ -1,0 +1,163 @@
+"""A snapshot of modules holds while nothing changes, and for no change that could change what they compute."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import structures
+import torch
+from torch import nn
+
+from fastgemma.patches.snapshot import Snapshot
+
+
+@pytest.fixture
+def layer() -> Any:
+    model = structures.build("e2b", layer_types=["full_attention"] * 2, num_kv_shared_layers=1)
+    structures.quantize(model)
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "gate_proj"])
+    return peft.get_peft_model(model, config).train().get_base_model().model.layers[0]
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def _set(path: str, value: Any) -> Callable[[nn.Module], None]:
+    def change(layer: nn.Module) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, value)
+
+    return change
+
+
+def _call(path: str, *args: Any, **kwargs: Any) -> Callable[[nn.Module], None]:
+    def change(layer: nn.Module) -> None:
+        owner, _, name = path.rpartition(".")
+        getattr(layer.get_submodule(owner), name)(*args, **kwargs)
+
+    return change
+
+
+def _data(layer: Any) -> None:
+    weight = layer.input_layernorm.weight
+    weight.data = weight.data.clone()
+
+
+def _packed_data(layer: Any) -> None:
+    weight = layer.self_attn.q_proj.base_layer.weight
+    weight.data = weight.data.clone()
+
+
+def _scales(layer: Any) -> None:
+    state = layer.mlp.down_proj.weight.quant_state
+    state.absmax = state.absmax.clone()
+
+
+def _nested_scales(layer: Any) -> None:
+    state = layer.mlp.down_proj.weight.quant_state.state2
+    state.absmax = state.absmax.clone()
+
+
+def _class(layer: Any) -> None:
+    layer.self_attn.q_proj.lora_A["default"].__class__ = Subclass
+
+
+def _swap(layer: Any) -> None:
+    modules = layer.mlp._modules
+    modules["gate_proj"], modules["up_proj"] = modules["up_proj"], modules["gate_proj"]
+
+
+def _variant(layer: Any) -> None:
+    layer.self_attn.q_proj.lora_variant["default"] = object()
+
+
+def _active(layer: Any) -> None:
+    layer.self_attn.q_proj._active_adapter = ["default", "other"]
+
+
+def _active_in_place(layer: Any) -> None:
+    layer.self_attn.q_proj.merged_adapters.append("default")
+
+
+NOTHING = lambda *args: None  # noqa: E731
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "weight moved": _data,
+    "packed weight moved": _packed_data,
+    "weight replaced": _set("input_layernorm.weight", nn.Parameter(torch.ones(64))),
+    "frozen": _call("self_attn.q_proj.lora_A.default.requires_grad_", False),
+    "base trained": lambda layer: layer.post_attention_layernorm.weight.requires_grad_(not _trained(layer)),
+    "scales": _scales,
+    "nested scales": _nested_scales,
+    "scaling": lambda layer: layer.self_attn.q_proj.scaling.update(default=0.7),
+    "scaling replaced": _set("self_attn.q_proj.scaling", {"default": 0.7}),
+    "dropout": _set("self_attn.q_proj.lora_dropout.default.p", 0.2),
+    "evaluating": _call("eval"),
+    "one module evaluating": _call("self_attn.q_proj.lora_dropout.default.eval"),
+    "adapters off": _call("self_attn.q_proj.enable_adapters", False),
+    "another adapter": _active,
+    "merged": _active_in_place,
+    "variant": _variant,
+    "class": _class,
+    "eps": _set("input_layernorm.eps", 1e-3),
+    "submodule replaced": _set("mlp.act_fn", nn.ReLU()),
+    "submodule added": _call("mlp.add_module", "extra", nn.ReLU()),
+    "submodules swapped": _swap,
+    "buffer replaced": lambda layer: layer._buffers.update(layer_scalar=torch.ones(1)),
+    "forward of its own": _set("self_attn.q_proj.base_layer.forward", NOTHING),
+    "forward hook": _call("mlp.register_forward_hook", NOTHING),
+    "forward pre-hook": _call("mlp.down_proj.register_forward_pre_hook", NOTHING),
+    "backward hook": _call("input_layernorm.register_full_backward_hook", NOTHING),
+    "backward pre-hook": _call("register_full_backward_pre_hook", NOTHING),
+    "attribute added": _set("self_attn.sinks", None),
+    "attribute deleted": lambda layer: delattr(layer.self_attn, "scaling"),
+    "switch": _set("gradient_checkpointing", True),
+    "compute dtype": _set("mlp.up_proj.compute_dtype", torch.float16),
+}
+
+
+def _trained(layer: Any) -> bool:
+    return layer.post_attention_layernorm.weight.requires_grad
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_does_not_hold_after(change: str, layer: Any) -> None:
+    snapshot = Snapshot(layer)
+    assert snapshot.holds() and snapshot.holds()
+    CHANGES[change](layer)
+    assert not snapshot.holds()
+    assert Snapshot(layer).holds()
+
+
+def test_holds_through_training_steps(layer: Any) -> None:
+    """Values change in place, gradients come and go: nothing that a reading depends on."""
+    snapshot = Snapshot(layer)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    layer.state_dict()
+    assert snapshot.holds()
+
+
+def test_a_change_that_is_undone_is_none(layer: Any) -> None:
+    snapshot = Snapshot(layer)
+    handle = layer.mlp.register_forward_hook(NOTHING)
+    assert not snapshot.holds()
+    handle.remove()
+    assert snapshot.holds()
+
+
+def test_does_not_keep_its_root_alive() -> None:
+    layer = structures.build("31b", layer_types=["full_attention"]).model.layers[0]
+    snapshot, alive = Snapshot(layer), weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None and snapshot is not None
