@@ -80,8 +80,8 @@ def with_room(
     n_rows, n_cols = shape
     if room == 0:
         return torch.empty((n_rows, n_cols), dtype=dtype, device=device), None
-    # Rows that begin at multiples of 16 elements are read and written in vectors.
-    whole = torch.empty((n_rows, n_cols + 16 * cdiv(room, 16)), dtype=dtype, device=device)
+    # Rows begin at multiples of 64 elements, as they do in Gemma 4's matrices: in bf16 that is a line of the cache.
+    whole = torch.empty((n_rows, n_cols + 64 * cdiv(room, 64)), dtype=dtype, device=device)
     return whole[:, :n_cols], whole
 
 
@@ -127,19 +127,32 @@ class Projections:
         self._stack = [weight for weight in weights if isinstance(weight, NF4Weight)]
         self._all_nf4 = len(self._stack) == len(projections)
 
+    @property
+    def drops(self) -> bool:
+        """Whether masks are drawn."""
+        return any(p.dropout for p in self.projections if p.adapter is not None)
+
+    def of_rows(self, rows: slice) -> Projections:
+        """The same with the masks of these rows alone."""
+        masks = [None if mask is None else mask[rows] for mask in self.masks]
+        return Projections(self.projections, self.autocast, masks)
+
     def room(self, dtype: torch.dtype, gradient: bool = False) -> int:
         """How many columns behind an input of this dtype, or behind the gradient of all outputs side by side, let the
         adapters be part of the base product: see `adapter_columns`. 0 where they cannot be.
 
         A base weight that is dense would have to be copied; drawn masks lie between an adapter and dx; cuBLAS wants
-        multiples of 8.
+        multiples of 8. Masks are those of a contiguous x, which is a copy where there is room behind it: that pays
+        where the outputs are wider.
         """
         if not self._all_nf4 or self._rank % 8 or self._stack[0].shape[1] % 16:
             return 0
         if any(group.A.dtype != dtype for group in self._groups):
             return 0
-        if gradient and any(p.dropout for p in self.projections):
-            return 0
+        if self.drops:
+            n_rows = sum(weight.shape[0] for weight in self._stack)
+            if gradient or n_rows < self._stack[0].shape[1]:
+                return 0
         return self._rank
 
     def _group(self, members: list[int]) -> _Group:
@@ -164,6 +177,7 @@ class Projections:
             # leaves out for 4-bit weights under autocast, and before autocast's.
             if self.autocast is None or isinstance(self.projections[index].weight, torch.Tensor):
                 x = x.to(self._adapter(index).A.dtype)
+            x = x.contiguous()  # a GPU draws other masks for other strides
             if mask is None:
                 x, self.masks[index] = torch.native_dropout(x, rate, True)
             else:

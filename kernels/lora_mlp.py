@@ -4,7 +4,8 @@
 
 with the projections of `lora`. gate and up lie side by side in one buffer, so that one dequantised weight and one
 product make both, forward and backward. Saved: x, and gate and up; h is rebuilt in the backward, in the kernel that
-makes their gradients, over the gradient of h that it has just read.
+makes their gradients, over the gradient of h that it has just read. Rows do not know of each other: where h and the
+gradients of gate and up would exceed `workspace_bytes()`, they are made for some rows at a time.
 
 Source: Shazeer, "GLU Variants Improve Transformer" (2020); `Gemma4TextMLP` in transformers.
 """
@@ -42,8 +43,10 @@ from fastgemma.kernels._lora_products import (
     with_room,
     without_autocast,
 )
+from fastgemma.kernels.backend import cdiv
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
+from fastgemma.kernels.workspace import workspace_bytes
 
 
 class MLP(NamedTuple):
@@ -52,11 +55,24 @@ class MLP(NamedTuple):
     inner: Projections
     outer: Projections
 
+    def rows(self, rows: slice) -> MLP:
+        """The same with the masks of these rows alone."""
+        return MLP(*(bundle.of_rows(rows) for bundle in self))
+
     @classmethod
     def of(cls, projections: Sequence[Projection], autocast: torch.dtype | None, masks: Masks | None = None) -> MLP:
         """`masks` are those that the forward drew, in a backward."""
         inner, outer = (None, None) if masks is None else (masks[:2], masks[2:])
         return cls(Projections(projections[:2], autocast, inner), Projections(projections[2:], autocast, outer))
+
+
+def _tiles(gate_up: torch.Tensor) -> list[slice]:
+    """Rows that fit the budget together: h, and the gradients of gate and up."""
+    n_rows, n_cols = gate_up.shape
+    count = max(1, cdiv(n_rows * n_cols * 3 // 2 * gate_up.element_size(), workspace_bytes(gate_up.device)))
+    # Of about the same size, and aligned for the matrix products.
+    height = 256 * cdiv(n_rows, 256 * count)
+    return [slice(start, min(start + height, n_rows)) for start in range(0, max(n_rows, 1), max(height, 1))]
 
 
 def mlp_fwd(
@@ -68,9 +84,19 @@ def mlp_fwd(
     """
     inner, outer = mlp
     gate_up, (gate, up) = inner.forward(x, joint=True, room=room)
-    h, room = with_room(gate.shape, outer.room(gate.dtype), gate.dtype, gate.device)
-    y, _ = outer.forward(geglu_fwd(gate, up, h), room=room)
+    tiles = _tiles(gate_up)
+    if len(tiles) == 1 or outer.drops:  # a mask is drawn for all rows at once
+        y = _down_fwd(gate, up, outer)
+    else:
+        y = torch.empty((gate.shape[0], outer.projections[0].weight.shape[0]), dtype=gate.dtype, device=gate.device)
+        for rows in tiles:
+            y[rows].copy_(_down_fwd(gate[rows], up[rows], outer))
     return y, gate_up, inner.drawn() + outer.drawn()
+
+
+def _down_fwd(gate: torch.Tensor, up: torch.Tensor, outer: Projections) -> torch.Tensor:
+    h, room = with_room(gate.shape, outer.room(gate.dtype), gate.dtype, gate.device)
+    return outer.forward(geglu_fwd(gate, up, h), room=room)[0]
 
 
 def mlp_bwd(
@@ -86,6 +112,44 @@ def mlp_bwd(
 
     `room` is the buffer that dy begins, if it has the room that `mlp.outer` asked for.
     """
+    tiles = _tiles(gate_up)
+    if len(tiles) == 1:
+        return _mlp_bwd(dy, x, gate_up, mlp, needs_dx, wanted, room)
+    dx = torch.empty(x.shape, dtype=gate_up.dtype, device=x.device) if needs_dx else None
+    sums: list[list[torch.Tensor | None]] = [[None, None, None] for _ in wanted]
+    for rows in tiles:
+        own_room = None if room is None else room[rows]
+        part, grads = _mlp_bwd(dy[rows], x[rows], gate_up[rows], mlp.rows(rows), needs_dx, wanted, own_room)
+        if dx is not None and part is not None:
+            dx[rows].copy_(part)
+        for total, grad in zip(sums, grads):
+            for index, tensor in enumerate(grad):
+                if tensor is not None:
+                    previous = total[index]
+                    # In float32, so that only the parts and their sum are rounded.
+                    total[index] = tensor.float() if previous is None else previous.add_(tensor)
+    return dx, [
+        Grads(*(None if t is None else t.to(like) for t, like in zip(total, _dtypes(p))))
+        for total, p in zip(sums, (*mlp.inner.projections, *mlp.outer.projections))
+    ]
+
+
+def _dtypes(projection: Projection) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of the gradients of a projection's weight, A and B."""
+    weight, adapter, _ = projection
+    return (weight.dtype,) + (2 * (weight.dtype,) if adapter is None else (adapter.A.dtype, adapter.B.dtype))
+
+
+def _mlp_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    mlp: MLP,
+    needs_dx: bool,
+    wanted: Sequence[Wanted],
+    room: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, list[Grads]]:
+    """`mlp_bwd` of all rows at once."""
     inner, outer = mlp
     intermediate = gate_up.shape[1] // 2
     gate, up = gate_up.split_with_sizes((intermediate, intermediate), 1)

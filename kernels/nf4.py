@@ -143,12 +143,14 @@ def _dequantize_block(
     pairs = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
     first = tl.program_id(0).to(tl.int64) * (2 * BLOCK)
     numbers = tl.arange(0, 2 * BLOCK)
-    places = first + numbers
+    places = numbers
+    start = first
     if COLUMNS:
-        # The first element's place is worked out once for the program, so that the rest divides in 32 bits.
+        # The first element's row is worked out once for the program, so that the rest is in 32 bits.
+        start = first // COLUMNS * out_row_stride
         columns = (first % COLUMNS).to(tl.int32) + numbers
-        places = (first // COLUMNS + columns // COLUMNS) * out_row_stride + columns % COLUMNS
-    tl.store(out_ptr + places, pairs, mask=first + numbers < 2 * n_bytes)
+        places = columns // COLUMNS * out_row_stride + columns % COLUMNS
+    tl.store(out_ptr + start + places, pairs, mask=first + numbers < 2 * n_bytes)
 
 
 @kernel

@@ -18,26 +18,36 @@ _ALL, _FROM_THE_FIRST = slice(None), slice(0, None)
 
 
 class _Unbind(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, per_layer_inputs):
-        # A layer reads its own part several times in a step: as one contiguous piece.
-        return per_layer_inputs.permute(2, 0, 1, 3).contiguous().unbind()
+    """The tensor again, and its layers."""
 
     @staticmethod
-    def backward(ctx, *gradients):
-        return torch.stack(gradients, dim=2)
+    def forward(ctx, per_layer_inputs):
+        ctx.set_materialize_grads(False)
+        # A layer reads its own part several times in a step: as one contiguous piece.
+        by_layer = per_layer_inputs.permute(2, 0, 1, 3).contiguous()
+        return by_layer.permute(1, 2, 0, 3), *by_layer.unbind()
+
+    @staticmethod
+    def backward(ctx, d_whole, *d_layers):
+        given = next((gradient for gradient in d_layers if gradient is not None), None)
+        if given is None:
+            return d_whole
+        d_layers = [torch.zeros_like(given) if gradient is None else gradient for gradient in d_layers]
+        stacked = torch.stack(d_layers, dim=2)
+        return stacked if d_whole is None else stacked + d_whole
 
 
 class _PerLayerInputs(torch.Tensor):
     """[batch, seq_len, layers, size] with its layers unbound beforehand; all else that is done to it is a tensor's."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    _layers: tuple[torch.Tensor, ...]
+    _layers: list[torch.Tensor]
 
     @classmethod
     def of(cls, per_layer_inputs: torch.Tensor) -> _PerLayerInputs:
-        whole = per_layer_inputs.as_subclass(cls)
-        whole._layers = _Unbind.apply(per_layer_inputs)
+        whole, *layers = _Unbind.apply(per_layer_inputs)
+        whole = whole.as_subclass(cls)
+        whole._layers = layers
         return whole
 
     def __getitem__(self, index: Any) -> torch.Tensor:

@@ -31,6 +31,7 @@ from kernel_checks import (
 
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.geglu as geglu_module
+import fastgemma.kernels.lora_mlp as lora_mlp_module
 import fastgemma.kernels.nf4 as nf4_module
 from fastgemma.kernels.lora import (
     Adapter,
@@ -307,6 +308,47 @@ def test_not_finite_stays_in_its_row(value, fn, dims, device):
 def test_mlp(base, rank, device):
     inputs = make(device, MLP, rank=rank, base=base)
     check(ours_mlp, (reference_mlp, stock_mlp), inputs, mlp_grad(inputs))
+
+
+@pytest.fixture
+def small_workspace(monkeypatch):
+    """Makes 600 rows three tiles, the last of them shorter."""
+    monkeypatch.setattr(lora_mlp_module, "workspace_bytes", lambda device: 256 * 3 * INNER * 4)
+
+
+@pytest.mark.parametrize("base", ["frozen", "trained", "nf4"])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_mlp_in_tiles_of_rows(base, rank, dropout, device, small_workspace):
+    inputs = make(device, MLP, rank=rank, base=base, x_shape=(2, 300))
+    grads = mlp_grad(inputs)
+    dropped = {"dropout": dropout}
+    ours, theirs = (
+        seeded(lambda x, **tensors: lora_mlp(x, *as_projections(tensors, dropout))),
+        seeded(lambda x, **tensors: reference_mlp(x, **dropped, **tensors)),
+    )
+    with Dispatched() as seen:
+        actual = evaluate(ours, inputs, grads)
+    assert_float32(actual, evaluate(theirs, inputs, grads))
+    if not (dropout and rank):  # whose mask is drawn for all of h
+        # Neither h nor its gradient, nor those of gate and up, for all rows.
+        assert (600, INNER) not in seen.allocated and seen.allocated.count((600, 2 * INNER)) <= 1
+
+
+def test_mlp_tiles_change_no_row(device, monkeypatch):
+    """And the sums over rows of adapters' gradients by their rounding alone."""
+    inputs = make(device, MLP, torch.float16, rank=8, base="nf4", x_shape=(600,))
+    with torch.no_grad():
+        for name, tensor in inputs.items():
+            if name[0] in "AB":
+                tensor *= 0.1
+    grads = mlp_grad(inputs)
+    whole = evaluate(ours_mlp, inputs, grads)
+    monkeypatch.setattr(lora_mlp_module, "workspace_bytes", lambda device: 256 * 3 * INNER * 2)
+    tiled = evaluate(ours_mlp, inputs, grads)
+    for name, value in whole.items():
+        assert tiled[name].dtype == value.dtype, name
+        assert relative_error(tiled[name], value) < 2e-3, name
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "expanded"])

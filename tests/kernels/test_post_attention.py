@@ -25,7 +25,7 @@ from kernel_checks import (
     trained,
 )
 
-from fastgemma.kernels import backend, geglu, rms_norm
+from fastgemma.kernels import backend, geglu, lora_mlp, rms_norm
 from fastgemma.kernels import nf4 as nf4_module
 from fastgemma.kernels import post_attention as module
 from fastgemma.kernels.lora import Adapter, Projection, lora_linear_reference
@@ -144,11 +144,22 @@ def test_adapters_within_the_base_products(per_layer, dropout, device):
     count = 6 if per_layer else 4
     # o and the per-layer gate read what others made, which has no room: base, x A^T and B apart.
     apart = 2 if per_layer else 1
+    if dropout:  # which down's wide input would have to be copied for
+        apart += 1
     bases = count - 1  # gate and up are one
     groups = count if dropout else count - 1
     forward = bases + groups + apart
     through = (count if dropout else 0) + bases + count  # d(x) A apart, dx, dy B
     assert seen.matmuls == forward + through + 2 * groups + count
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_mlp_in_tiles_of_rows(dropout, device, monkeypatch):
+    monkeypatch.setattr(lora_mlp, "workspace_bytes", lambda device: 256 * 3 * INNER * 4)
+    inputs = make(device, rank=8, shape=(2, 300))
+    grads = make_grads(inputs)
+    truth = evaluate(seeded(call(post_attention_reference, dropout)), inputs, grads)
+    assert_float32(evaluate(seeded(call(post_attention, dropout)), inputs, grads), truth)
 
 
 @both

@@ -116,9 +116,13 @@ def test_bfloat16_curves_are_as_close_to_float32_as_stock(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 as on the GPU")
 def test_bfloat16_curves_stay_together(tmp_path):
-    """Patched and stock runs part no further than 1.5 times what stock's own two attention backends do."""
+    """Patched and stock runs part no further than 1.5 times what stock's own two attention backends do.
+
+    The largest distances of a few runs are chance: of eight seeds, fused loss alone parts one run as far as everything
+    together, and in seven of them the patched run is nearer to float32's than both of stock's.
+    """
     between_backends, ours = [], []
-    for seed in range(3):
+    for seed in range(8):
         sdpa = curve(tmp_path, seed, Run())
         assert sdpa[-1] < sdpa[0] - 0.5, "the run must learn something for its curve to say anything"
         between_backends.append(distance(curve(tmp_path, seed, Run("eager")), sdpa))
