@@ -21,6 +21,9 @@ from fastgemma.kernels import graph_replay
 from fastgemma.patches import layer_graphs
 from fastgemma.patches.table import ENGINE
 
+# How attention runs is no question of most tests here, and over intervals of keys it takes the interpreter long.
+OVER_MASKS: dict[str, Any] = {"cuda_graphs": "always", "attention": False}
+OVER_INTERVALS: dict[str, Any] = {"cuda_graphs": "always"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Results = dict[str, torch.Tensor]
 
@@ -85,8 +88,8 @@ def step(model: nn.Module, seed: int = 0, kind: str = "padding", **changes: Any)
     return {"loss": loss.detach(), "random": torch.rand(3, device=DEVICE), **gradients(model)}
 
 
-def plainly(run: Callable[[], Any]) -> Any:
-    with fastgemma.patched(cuda_graphs=False):
+def plainly(run: Callable[[], Any], attention: bool = False) -> Any:
+    with fastgemma.patched(cuda_graphs=False, attention=attention):
         return run()
 
 
@@ -101,13 +104,18 @@ def counts() -> tuple[int, dict[str, int]]:
     return report.fast_calls, report.fallbacks
 
 
+# Each kind of layer, one of which shares another's keys and values.
+FEW_LAYERS: dict[str, dict[str, Any]] = {
+    name: {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1}
+    for name in ("e2b", "e4b")
+}
+
+
 @pytest.fixture
 def warm() -> Iterator[nn.Module]:
     """A patched model whose layers are recorded for the padded batch."""
-    model = build(
-        changes={"layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1}
-    )
-    with fastgemma.patched(cuda_graphs="always"):
+    model = build(changes=FEW_LAYERS["e2b"])
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(3):
             step(model)
         fast, reasons = counts()
@@ -121,9 +129,18 @@ def warm() -> Iterator[nn.Module]:
     [name if name == "e2b" else pytest.param(name, marks=pytest.mark.slow) for name in structures.STRUCTURES],
 )
 def test_steps_are_bit_equal(name: str, kind: str) -> None:
-    model = build(name, lora_dropout=0.3)
-    expected = plainly(lambda: [step(model, seed, kind) for seed in range(4)])
-    with fastgemma.patched(cuda_graphs="always"):
+    check_steps(build(name, lora_dropout=0.3, changes=FEW_LAYERS.get(name)), name, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["padding", "packing"])
+def test_steps_over_intervals_are_bit_equal(kind: str) -> None:
+    check_steps(build("e2b", lora_dropout=0.3, changes=FEW_LAYERS["e2b"]), "e2b", kind, intervals=True)
+
+
+def check_steps(model: nn.Module, name: str, kind: str, intervals: bool = False) -> None:
+    expected = plainly(lambda: [step(model, seed, kind) for seed in range(4)], attention=intervals)
+    with fastgemma.patched(**(OVER_INTERVALS if intervals else OVER_MASKS)):
         for seed in range(4):
             assert_same(step(model, seed, kind), expected[seed])
         fast, reasons = counts()
@@ -139,8 +156,8 @@ def test_steps_are_bit_equal(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", structures.STRUCTURES)
 def test_steps_are_bit_equal_in_bfloat16(name: str, quantized: bool) -> None:
     model = build(name, torch.bfloat16, quantized, lora_dropout=0.1)
-    expected = plainly(lambda: [step(model, seed) for seed in range(4)])
-    with fastgemma.patched(cuda_graphs="always"):
+    expected = plainly(lambda: [step(model, seed) for seed in range(4)], attention=True)
+    with fastgemma.patched(**OVER_INTERVALS):
         for seed in range(4):
             assert_same(step(model, seed), expected[seed])
 
@@ -157,7 +174,7 @@ def test_the_optimizer_moves_what_is_replayed() -> None:
                 optimizer.step()
         return found
 
-    for actual, expected in zip(train(cuda_graphs="always"), train(cuda_graphs=False)):
+    for actual, expected in zip(train(**OVER_MASKS), train(cuda_graphs=False, attention=False)):
         assert_same(actual, expected)
 
 
@@ -213,7 +230,7 @@ def test_a_changed_layer_is_recorded_anew(change: Callable[[nn.Module], None], w
     assert expected.keys() != before.keys() or any(
         not torch.equal(value, before[name]) for name, value in expected.items()
     )
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(4):
             assert_same(step(warm), expected)
         assert counts()[0] > 0
@@ -333,14 +350,13 @@ def test_eager_attention_is_replayed_over_intervals_alone(warm: nn.Module) -> No
     warm.get_base_model().config._attn_implementation = "eager"
     if DEVICE.type == "cuda":  # where float32 attention is stock's
         warm.to(torch.bfloat16)
-        for _ in range(3):
-            step(warm)
     fast = counts()[0]
-    actual = step(warm)
+    with fastgemma.patched(**OVER_INTERVALS):
+        for _ in range(3):
+            actual = step(warm)
     assert counts()[0] == fast + len(layers(warm))
-    assert_same(actual, plainly(lambda: step(warm)))
-    with fastgemma.patched(cuda_graphs="always", attention=False):
-        step(warm)
+    assert_same(actual, plainly(lambda: step(warm), attention=True))
+    step(warm)
     assert counts()[0] == fast + len(layers(warm))
     assert counts()[1]["attention other than SDPA without dropout"] == len(layers(warm))
 
@@ -349,7 +365,7 @@ def test_eager_attention_is_replayed_over_intervals_alone(warm: nn.Module) -> No
 def test_large_trained_weights_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_graphs, "_MAX_TRAINED_BYTES", 100)
     model = build()
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(4):
             step(model)
         fast, reasons = counts()
@@ -372,7 +388,7 @@ def test_only_training_with_checkpointing_is_replayed(warm: nn.Module) -> None:
 
 def test_shapes_that_come_often_are_recorded_and_rare_ones_are_not() -> None:
     model = one_layer()
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for index in range(24):  # every other batch is as long as no other
             step(model, **of_length(9 if index % 2 else 10 + index))
         assert counts() == (10, {"first calls of a shape": 14})
@@ -385,7 +401,7 @@ def test_shapes_that_come_often_are_recorded_and_rare_ones_are_not() -> None:
 def test_recordings_of_several_shapes() -> None:
     model = one_layer()
     expected = {length: plainly(functools.partial(step, model, **of_length(length))) for length in (9, 10)}
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for index in range(10):
             assert_same(step(model, **of_length(9 + index % 2)), expected[9 + index % 2])
         assert counts()[0] == 6
@@ -409,7 +425,7 @@ def arenas(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 def test_few_recordings_are_kept(arenas: list[weakref.ref[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_graphs, "_MAX_GRAPHS", 2)
     model = one_layer()
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for length, times in ((9, 4), (10, 5), (11, 10)):
             for _ in range(times):
                 step(model, **of_length(length))
@@ -424,7 +440,7 @@ def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*_: Any) -> Any:
         raise torch.OutOfMemoryError("none left")
 
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(2):
             step(model)
         with monkeypatch.context() as patch:
@@ -433,9 +449,9 @@ def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
             assert counts()[1]["no memory for a recording"] == len(layers(model))
         step(model)  # not tried again
         assert counts()[0] == 0 and counts()[1]["no memory for a recording"] == 2 * len(layers(model))
-    with fastgemma.patched(cuda_graphs=False):
+    with fastgemma.patched(cuda_graphs=False, attention=False):
         pass
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(3):
             step(model)
         assert counts()[0] == len(layers(model))
@@ -445,7 +461,7 @@ def test_another_thread_records_for_itself(arenas: list[weakref.ref[Any]]) -> No
     model = one_layer()
     expected = plainly(lambda: step(model))
     found: list[Results] = []
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(3):
             step(model)
         thread = threading.Thread(target=lambda: found.extend(step(model) for _ in range(3)))
@@ -462,7 +478,7 @@ def test_a_recording_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(2):
             step(model)
         monkeypatch.setattr(graph_replay.Graph, "__init__", fail)
@@ -474,7 +490,7 @@ def test_a_frozen_model_is_left_alone() -> None:
     model = one_layer()
     model.get_input_embeddings()._forward_hooks.clear()  # those that make its output require gradients
     model.requires_grad_(False)
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(4):
             model(**structures.batch("padding", device=DEVICE))
         assert counts() == (0, {"first calls of a shape": 2, "nothing to differentiate": 2})
@@ -482,7 +498,7 @@ def test_a_frozen_model_is_left_alone() -> None:
 
 def test_recordings_die_with_the_model_and_with_the_patch(arenas: list[weakref.ref[Any]]) -> None:
     model = build()
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(3):
             step(model)
         assert arenas[0]() is not None
@@ -490,7 +506,7 @@ def test_recordings_die_with_the_model_and_with_the_patch(arenas: list[weakref.r
     assert arenas[0]() is None
     if DEVICE.type == "cpu":
         return  # the stand-in keeps the work that it records, and with it the model
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(3):
             step(model)
         del model
@@ -502,7 +518,7 @@ def test_recordings_die_with_the_model_and_with_the_patch(arenas: list[weakref.r
 def test_two_models(warm: nn.Module) -> None:
     other = build("12b")
     expected = [plainly(lambda m=m: step(m)) for m in (warm, other)]
-    with fastgemma.patched(cuda_graphs="always"):
+    with fastgemma.patched(**OVER_MASKS):
         for _ in range(4):
             for model, right in zip((warm, other), expected):
                 assert_same(step(model), right)
