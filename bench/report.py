@@ -78,7 +78,7 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def _by_gpu(found: list[Record], body: Callable[[list[Record]], str]) -> str:
-    """One table per GPU, each under a line that names the GPU and the software."""
+    """One table per GPU, each under a line that names the GPU, the software, and the commits measured."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in found:
         groups[record.get("gpu", "unknown")].append(record)
@@ -91,6 +91,10 @@ def _by_gpu(found: list[Record], body: Callable[[list[Record]], str]) -> str:
             values = sorted({str(record[name]) for record in group if record.get(name)})
             if values:
                 versions.append(f"{name} {', '.join(values)}")
+        # Rows of one table may be of different versions of this package: a run replaces its own row alone.
+        commits = sorted({str(record["commit"])[:7] for record in group if record.get("commit")})
+        if commits:
+            versions.append(f"fastgemma {', '.join(commits)}")
         parts.append(f"{gpu}; {'; '.join(versions)}.\n\n{body(group)}")
     return "\n\n".join(parts)
 
@@ -114,6 +118,8 @@ def _remarks(record: Record) -> str:
         remarks.append("checkpoints in host memory")
     if record.get("autocast"):
         remarks.append("autocast")
+    if record.get("pytorch_alloc_conf"):
+        remarks.append(record["pytorch_alloc_conf"])
     return f" ({', '.join(remarks)})" if remarks else ""
 
 
