@@ -242,11 +242,30 @@ def kernels(found: list[Record]) -> str:
     return _by_gpu(chosen, body)
 
 
+def predicted(found: list[Record]) -> str:
+    """Steps on cards that nobody measured."""
+    chosen = [record for record in found if record.get("bench") == "predicted_step"]
+    if not chosen:
+        return NOT_MEASURED
+    gpu, batch, seq_len, commit = chosen[0]["calibrated_with"]
+    checks = "; ".join(f"{name}, {b} x {s}: {ratio:.2f}" for name, b, s, ratio in chosen[0]["predicted_over_measured"])
+    names = list(dict.fromkeys(record["gpu"] for record in chosen))
+    cells = {(r["gpu"], r["model"], r["batch"], r["seq_len"]): r["predicted_ms"] for r in chosen}
+    columns = list(dict.fromkeys((r["model"], r["batch"], r["seq_len"]) for r in chosen))
+    rows = [[name, *(_number(cells.get((name, *column))) for column in columns)] for name in names]
+    head = ["Predicted ms", *(f"{_MODELS.get(model, model)}, {b} x {s}" for model, b, s in columns)]
+    return (
+        f"Calibrated with {gpu}, {batch} x {seq_len} tokens of E2B, fastgemma {commit}. GPU time of the counted work, "
+        f"predicted over measured: {checks}.\n\n{_table(head, rows)}"
+    )
+
+
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     "train_step": train_step,
     "fit": fit,
     "memory": memory,
     "kernels": kernels,
+    "predicted": predicted,
 }
 
 
