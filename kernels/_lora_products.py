@@ -142,10 +142,11 @@ class Projections:
         adapters be part of the base product: see `adapter_columns`. 0 where they cannot be.
 
         A base weight that is dense would have to be copied; drawn masks lie between an adapter and dx; cuBLAS wants
-        multiples of 8. Masks are those of a contiguous x, which is a copy where there is room behind it: that pays
-        where the outputs are wider.
+        multiples of 8, and the launches rows of 16. Masks are those of a contiguous x, which is a copy where there is
+        room behind it: that pays where the outputs are wider. float16 may not hold scaling * x A^T where it holds the
+        factors.
         """
-        if not self._all_nf4 or self._rank % 8 or self._stack[0].shape[1] % 16:
+        if dtype == torch.float16 or not self._all_nf4 or self._rank % 8 or self._stack[0].shape[1] % 16:
             return 0
         if any(group.A.dtype != dtype for group in self._groups):
             return 0

@@ -119,7 +119,7 @@ class Arena:
         self.lock = threading.RLock()  # autograd runs backwards in threads of its own
         self._loaded: dict[Any, tuple[torch.Tensor, int]] = {}
         # The same for constants that come together: their buffers, as long as nothing that stays was copied since.
-        self._together: dict[Sequence[str], tuple[int, Tensors, list[int], Tensors]] = {}
+        self._together: dict[Sequence[str], tuple[int, Tensors, list[Any], Tensors]] = {}
         self._copies = 0
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -148,7 +148,7 @@ class Arena:
 
     def load_constants(self, names: Sequence[str], tensors: Tensors) -> Tensors:
         """`load` of each, or None in place of None; they stay."""
-        versions = [0 if tensor is None else tensor._version for tensor in tensors]
+        versions = [None if tensor is None else (tensor._version, tensor.data_ptr()) for tensor in tensors]
         copies, last, last_versions, buffers = self._together.get(names, (-1, (), [], ()))
         if copies == self._copies and versions == last_versions and all(map(operator.is_, tensors, last)):
             return buffers

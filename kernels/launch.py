@@ -60,7 +60,7 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 2048}, num_warps=4),
     ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
     ("block_diagonal", "any", "any"): Launch({"BLOCK_M": 32}, num_warps=4),
-    ("block_diagonal", "any", "interpreter"): Launch({"BLOCK_M": 1 << 12}),
+    ("block_diagonal", "any", "interpreter"): Launch({"BLOCK_M": 256}),
     # Rows are (position, head of a group) pairs; shape classes are head_dim, "any" for float32. BLOCK_D and DIMS are
     # pieces of a head, at most. BLOCK_M of "ds" is a
     # multiple of the others' and of the BLOCK_K of "dkdv", its BLOCK_N one of every other BLOCK_N and BLOCK_K.

@@ -37,7 +37,7 @@ from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.guards import hooked, unusable
 from fastgemma.patches.interval_masks import IntervalMask
 from fastgemma.patches.projections import Unsupported
-from fastgemma.patches.snapshot import Snapshot
+from fastgemma.patches.snapshot import Snapshot, Snapshots
 from fastgemma.patches.whole_layer import (
     PARTS,
     After,
@@ -63,6 +63,8 @@ _ROWS_PER_MULTIPROCESSOR = 64
 _LEAST_CARD_BYTES = 20 << 30
 # Gradients of trained tensors are copied once more than without graphs: for adapters that is nothing.
 _MAX_TRAINED_BYTES = 64 << 20
+# The attribute of a layer in which its snapshots are kept: they belong to it, and go with it.
+_NOTES = "_fastgemma_snapshots"
 # Keyword arguments of a layer that stock SDPA attention does not read.
 _UNREAD = frozenset(
     {
@@ -78,13 +80,6 @@ class _Layer:
 
     calls: Counter[Any] = field(default_factory=Counter)
     graphs: dict[Any, _LayerGraph] = field(default_factory=dict)
-    # By what a recording depends on beside the layer: the layer's state, and the recording's key.
-    noted: dict[Any, tuple[Snapshot, Any]] = field(default_factory=dict)
-
-    def key(self, outside: Any) -> Any:
-        """Of the recording that this layer, as it is, last used under these circumstances; or None."""
-        snapshot, key = self.noted.get(outside, (None, None))
-        return key if snapshot is not None and key in self.graphs and snapshot.holds() else None
 
 
 class _LayerGraph:
@@ -184,7 +179,7 @@ def _swap(item: Any, new: dict[int, torch.Tensor]) -> Any:
 def _signature(item: Any) -> Any:
     """What a recording depends on: addresses of tensors, values of everything else."""
     if isinstance(item, torch.Tensor):
-        return id(item), item.data_ptr(), item.requires_grad
+        return id(item), item.data_ptr(), item.requires_grad, item.dtype, item.stride()
     if isinstance(item, NF4Weight):
         return id(item)
     if isinstance(item, tuple | list):
@@ -241,6 +236,8 @@ class LayerGraphs:
 
     def clear(self) -> None:
         with self._lock:
+            for layer in self._layers:
+                layer.__dict__.pop(_NOTES, None)
             self._layers.clear()
             self._full = False
 
@@ -269,14 +266,18 @@ class LayerGraphs:
             known = self._layers.get(layer)
             if known is None:
                 known = self._layers[layer] = _Layer()
-            key = known.key(outside)
-            if key is None:
+            # By what a recording depends on beside the layer: the layer's state, and the recording's key.
+            notes = layer.__dict__.get(_NOTES)
+            if notes is None:
+                notes = layer.__dict__[_NOTES] = Snapshots()
+            snapshot, key = notes.get(outside, (None, None))
+            if key not in known.graphs or not snapshot.holds():
                 read = (
                     read_before(layer, hidden_states, constants[:2]),  # type: ignore[arg-type]
                     read_after(layer, hidden_states, per_layer_input),  # type: ignore[arg-type]
                 )
                 key = _Key(outside, _signature(read))
-                known.noted.pop(outside, None)
+                notes.pop(outside, None)
             if len(known.calls) >= _MAX_COUNTED:
                 known.calls.clear()
             known.calls[key] += 1
@@ -290,10 +291,10 @@ class LayerGraphs:
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
             known.graphs[key] = graph
-            if outside not in known.noted:
-                while len(known.noted) >= _MAX_GRAPHS:
-                    del known.noted[next(iter(known.noted))]
-                known.noted[outside] = Snapshot(layer), key
+            if outside not in notes:
+                while len(notes) >= _MAX_GRAPHS:
+                    del notes[next(iter(notes))]
+                notes[outside] = Snapshot(layer), key
             return graph
 
     def _record(
@@ -384,6 +385,9 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             if value is not None and name not in _UNREAD:
                 raise Unsupported(f"the argument {name}")
         attention = layer.self_attn
+        kind = type(attention)
+        if not is_stock(kind):
+            raise Unsupported("self_attn does more than stock's")
         key, value = None, None
         if attention.is_kv_shared_layer:
             key, value = (x.transpose(1, 2) for x in shared[attention.layer_type])

@@ -2,7 +2,8 @@
 
 Stock gives layer i the slice `[:, :, i, :]` of a tensor [batch, seq_len, layers, size]. The gradient of a slice is as
 large as that tensor, zeros elsewhere, and autograd adds one for each layer: of E2B's 35 layers, 35 times 37 MB written
-and 34 sums at 2048 tokens. One `unbind` has the same slices, and one `stack` as its gradient, equal to the bit.
+and 34 sums at 2048 tokens. One `unbind` has the same slices, and one `stack` as its gradient, equal to the bit. A slice
+is not to be written to, and what is asked of the whole tensor's gradient does not see the layers'.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def make_projection(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             or projected.dim() != 4
             or not projected.requires_grad
             or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
         ):
             return projected
         return _PerLayerInputs.of(projected)

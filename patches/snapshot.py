@@ -1,9 +1,10 @@
-"""What a tree of modules holds, noted once and compared in a few microseconds.
+"""What a tree of modules holds, noted once and compared in some tens of microseconds.
 
 Reading a decoder layer for its operations asks a few hundred questions of its modules, which takes the host longer than
 launching the layer as a graph. The answers stay the same for as long as everything that they can depend on does: the
 modules and their classes, their attributes, hooks, parameters and buffers, and where tensors lie. A snapshot notes all
-of that, so that it need not know which questions were asked.
+of that, so that it need not know which questions were asked. It looks into dicts and lists, not into other objects that
+modules hold, and takes it that nobody replaces the dicts that torch keeps in every module.
 """
 
 from __future__ import annotations
@@ -15,25 +16,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-# What torch keeps in every module. It writes into these dicts and never replaces them.
+# What torch keeps in every module.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 # Those that `guards.hooked` asks for.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MISSING = object()
 
 
 class Snapshot:
-    """The state of `root`'s modules. Holds what it compares with, so that nothing new takes an old one's address;
-    `root` itself it does not hold."""
+    """The state of `root`'s modules. Holds their dicts, and with them whatever is put there later: keep it where a
+    cycle through `root` can be collected, as in an attribute of `root`."""
 
     def __init__(self, root: nn.Module) -> None:
         self._modules = [module for module in root.modules() if module is not root]
         self._classes = list(map(type, self._modules))
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
-        self._hooks: list[dict[int, Any]] = []
-        self._hook_sizes: list[int] = []
         self._sized: list[Sized] = []
         self._filled: list[dict[Any, Any]] = []
         self._lists: list[list[Any]] = []
@@ -44,19 +43,18 @@ class Snapshot:
         self._sizes = list(map(len, self._sized))
         self._values = list(self._find_values())
         self._places = self._find_places()
-        self._hook_sizes = list(map(len, self._hooks))
-        self._last_handle = RemovableHandle.next_id
 
     def _note_module(self, attributes: dict[str, Any]) -> None:
         # A new attribute, such as a forward of a module's own, shows in the number of them.
         self._sized.append(attributes)
         for name, value in attributes.items():
-            if name not in _OWN:
+            if name not in _OWN and not isinstance(value, Snapshots):
                 self._attributes.append((attributes, name, value))
                 self._note_inside(value)
+        self._note_state(attributes.get("quant_state"))
         for name in _CONTENTS:
             self._note_inside(attributes[name])
-        self._hooks += [attributes[name] for name in _HOOKS]
+        self._sized += [attributes[name] for name in _HOOKS]
 
     def _note_inside(self, value: Any) -> None:
         if isinstance(value, dict):
@@ -82,33 +80,36 @@ class Snapshot:
             self._note_state(getattr(state, "state2", None))
 
     def _find_values(self) -> Iterator[Any]:
-        return itertools.chain(itertools.chain.from_iterable(map(dict.values, self._filled)), *self._lists)
+        return itertools.chain(
+            itertools.chain.from_iterable(self._filled),  # keys
+            itertools.chain.from_iterable(map(dict.values, self._filled)),
+            *self._lists,
+        )
 
-    def _find_places(self) -> list[tuple[int, bool]]:
+    def _find_places(self) -> list[tuple[Any, ...]]:
         # A 4-bit weight's class answers torch functions itself, which would cost more than all the rest.
         with torch._C.DisableTorchFunctionSubclass():
-            return [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
-
-    def _same_hooks(self) -> bool:
-        # Whoever registers a hook, of whatever kind, gets a handle with the next number; a handle's removal shows in
-        # nothing but the dict, and is asked for where there are hooks to remove.
-        if self._last_handle == RemovableHandle.next_id and not any(self._hook_sizes):
-            return True
-        if list(map(len, self._hooks)) != self._hook_sizes:
-            return False
-        self._last_handle = RemovableHandle.next_id
-        return True
+            return [(t.data_ptr(), t.requires_grad, t.dtype, t.stride()) for t in self._tensors]
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
         return (
-            self._same_hooks()
-            and list(map(len, self._sized)) == self._sizes
+            list(map(len, self._sized)) == self._sizes
             and _are(self._find_values(), self._values)
-            and _are(map(dict.get, self._owners, self._names), self._found)
+            and _are(map(dict.get, self._owners, self._names, itertools.repeat(_MISSING)), self._found)
             and _are(map(type, self._modules), self._classes)
             and self._find_places() == self._places
         )
+
+
+class Snapshots(dict[Any, Any]):
+    """Notes of a module, kept in an attribute of it, that its copies do not share."""
+
+    def __deepcopy__(self, memo: Any) -> Snapshots:
+        return Snapshots()
+
+    def __reduce__(self) -> Any:
+        return Snapshots, ()
 
 
 def _are(actual: Iterable[Any], expected: Iterable[Any]) -> bool:

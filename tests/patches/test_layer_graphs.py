@@ -114,7 +114,7 @@ FEW_LAYERS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def warm() -> Iterator[nn.Module]:
     """A patched model whose layers are recorded for the padded batch."""
-    model = build(changes=FEW_LAYERS["e2b"])
+    model = build(changes={"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1})
     with fastgemma.patched(**OVER_MASKS):
         for _ in range(3):
             step(model)
@@ -244,6 +244,20 @@ def test_a_frozen_parameter_in_place_is_read_in_place(warm: nn.Module) -> None:
     assert_same(actual, plainly(lambda: step(warm)))
 
 
+def test_a_layer_is_read_anew_only_where_it_changed(warm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    original = layer_graphs.read_before
+    monkeypatch.setattr(layer_graphs, "read_before", lambda layer, *args: read.append(layer) or original(layer, *args))
+    expected = step(warm)
+    assert read == []
+    layers(warm)[1].mlp.register_forward_hook(lambda *args: None).remove()
+    layers(warm)[1].notes = "of somebody"
+    assert_same(step(warm), expected)
+    assert read == [layers(warm)[1]]
+    assert_same(step(warm), expected)
+    assert len(read) == 1
+
+
 def test_several_forwards_before_their_backwards(warm: nn.Module) -> None:
     batches = [structures.batch("padding", device=DEVICE)]
     batches.append({**batches[0], "input_ids": batches[0]["input_ids"].flip(1)})
@@ -266,7 +280,7 @@ def test_several_forwards_before_their_backwards(warm: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_gradient_of_some_parameters(warm: nn.Module) -> None:
-    some = [p for p in layers(warm)[2].parameters() if p.requires_grad][:3]
+    some = [p for p in layers(warm)[-1].parameters() if p.requires_grad][:3]
 
     def grads() -> Results:
         loss = warm(**structures.batch("padding", device=DEVICE)).loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ import structures
 import torch
 from torch import nn
 
-from fastgemma.patches.snapshot import Snapshot
+from fastgemma.patches.snapshot import Snapshot, Snapshots
 
 
 @pytest.fixture
@@ -85,6 +87,26 @@ def _active_in_place(layer: Any) -> None:
     layer.self_attn.q_proj.merged_adapters.append("default")
 
 
+def _rename(layer: Any) -> None:
+    modules = layer.self_attn.q_proj.lora_A._modules
+    modules["other"] = modules.pop("default")
+
+
+def _dtype(layer: Any) -> None:
+    weight = layer.input_layernorm.weight
+    weight.data = weight.data.view(torch.int32).view(torch.float32).view(torch.bfloat16)[:64]
+
+
+def _transpose(layer: Any) -> None:
+    weight = layer.self_attn.q_proj.lora_A["default"].weight
+    weight.data = weight.data.as_strided((4, 64), (1, 4))
+
+
+def _forward_for_nothing(layer: Any) -> None:
+    del layer.mlp.nothing
+    layer.mlp.__dict__["forward"] = NOTHING
+
+
 NOTHING = lambda *args: None  # noqa: E731
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "weight moved": _data,
@@ -114,6 +136,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "forward pre-hook": _call("mlp.down_proj.register_forward_pre_hook", NOTHING),
     "backward hook": _call("input_layernorm.register_full_backward_hook", NOTHING),
     "backward pre-hook": _call("register_full_backward_pre_hook", NOTHING),
+    "hook without a handle": lambda layer: layer.mlp._forward_hooks.update({1 << 40: NOTHING}),
+    "adapter renamed": _rename,
+    "dtype at the same place": _dtype,
+    "transposed": _transpose,
+    "state of the layer's own": lambda layer: setattr(layer.mlp.up_proj.quant_state, "blocksize", 128),
+    "forward in the place of nothing": _forward_for_nothing,
     "attribute added": _set("self_attn.sinks", None),
     "attribute deleted": lambda layer: delattr(layer.self_attn, "scaling"),
     "switch": _set("gradient_checkpointing", True),
@@ -127,6 +155,7 @@ def _trained(layer: Any) -> bool:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_does_not_hold_after(change: str, layer: Any) -> None:
+    layer.mlp.nothing = None
     snapshot = Snapshot(layer)
     assert snapshot.holds() and snapshot.holds()
     CHANGES[change](layer)
@@ -155,9 +184,16 @@ def test_a_change_that_is_undone_is_none(layer: Any) -> None:
     assert snapshot.holds()
 
 
-def test_does_not_keep_its_root_alive() -> None:
-    layer = structures.build("31b", layer_types=["full_attention"]).model.layers[0]
-    snapshot, alive = Snapshot(layer), weakref.ref(layer)
+def test_goes_with_its_root_whatever_refers_to_it() -> None:
+    layer: Any = structures.build("31b", layer_types=["full_attention"]).model.layers[0]
+    layer.notes = Snapshots()
+    layer.notes["key"] = Snapshot(layer), 1
+    copied = copy.deepcopy(layer)
+    assert copied.notes == {} and isinstance(copied.notes, Snapshots)
+    assert pickle.loads(pickle.dumps(layer.notes)) == {}
+    layer.mlp.register_forward_hook(lambda *args, layer=layer: None)
+    layer.forward = layer.forward
+    alive = weakref.ref(layer)
     del layer
     gc.collect()
-    assert alive() is None and snapshot is not None
+    assert alive() is None
