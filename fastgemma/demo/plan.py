@@ -51,7 +51,7 @@ class Plan:
 
 CPU_PLAN = Plan(
     device="cpu",
-    steps=12,
+    steps=6,
     rows=2,
     seq_len=64,
     hidden_size=64,
