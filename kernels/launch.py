@@ -57,8 +57,8 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("geglu", "any", "any"): Launch({"BLOCK_M": 1, "BLOCK_N": 1024}, num_warps=4),
     ("geglu", "256", "any"): Launch({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=4),
     ("geglu", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 1024}),
-    ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 2048}, num_warps=4),
-    ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
+    ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 512}, num_warps=4),
+    ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 14}),
     ("block_diagonal", "any", "any"): Launch({"BLOCK_M": 32}, num_warps=4),
     ("block_diagonal", "any", "interpreter"): Launch({"BLOCK_M": 256}),
     # Rows are (position, head of a group) pairs; shape classes are head_dim, "any" for float32. BLOCK_D and DIMS are

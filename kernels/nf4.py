@@ -60,7 +60,7 @@ class NF4Weight:
         """The kernel's arguments for this weight, or for the weight of this number in a stack."""
         nested = self.nested
         return {
-            f"packed{number}_ptr": self.packed if self.packed.dtype == torch.uint8 else self.packed.view(torch.uint8),
+            f"packed{number}_ptr": self.packed.reshape(-1).view(torch.int32),
             f"absmax{number}_ptr": self.absmax,
             f"code{number}_ptr": self.code,
             f"nested_absmax{number}_ptr": self.code if nested is None else nested.absmax,
@@ -68,19 +68,24 @@ class NF4Weight:
             f"offset{number}_ptr": self.code if nested is None else nested.offset,
         }
 
+    @functools.cached_property
+    def in_words(self) -> bool:
+        """Whether the kernel can read it: eight weights of one block from every four bytes."""
+        return self.shape.numel() % 8 == 0 and self.blocksize % 8 == 0 and self.packed.data_ptr() % 4 == 0
+
     @property
     def layout(self) -> dict[str, int]:
         """What weights must agree in to be dequantised by one launch."""
         return {
             "NESTED": self.nested is not None,
-            "BYTES_PER_BLOCK": self.blocksize // 2,
+            "WORDS_PER_BLOCK": self.blocksize // 8,
             "NESTED_BLOCKSIZE": 1 if self.nested is None else self.nested.blocksize,
         }
 
     @functools.cached_property
     def launch(self) -> _Launch:
         """How to dequantise this weight, worked out once: it is dequantised again and again."""
-        return _launch([self], {**self.pointers(), "n_bytes": self.shape.numel() // 2})
+        return _launch([self], {**self.pointers(), "n_words": self.shape.numel() // 8})
 
     @functools.cached_property
     def stacks(self) -> dict[tuple[int, ...], tuple[Sequence[NF4Weight], _Launch | None]]:
@@ -91,7 +96,7 @@ class NF4Weight:
 
 def _launch(weights: Sequence[NF4Weight], arguments: dict[str, Any]) -> _Launch:
     config = launch("dequantize_nf4", "any", weights[0].device)
-    blocks = [cdiv(weight.shape.numel() // 2, config.blocks["BLOCK"]) for weight in weights]
+    blocks = [cdiv(weight.shape.numel() // 8, config.blocks["BLOCK"]) for weight in weights]
     grid = (blocks[0],) if len(weights) == 1 else (max(blocks), len(weights))
     # The interpreter does not know the option.
     options = {} if weights[0].device.type == "cpu" else {"enable_fp_fusion": False}
@@ -100,13 +105,15 @@ def _launch(weights: Sequence[NF4Weight], arguments: dict[str, Any]) -> _Launch:
 
 def _stack_launch(weights: Sequence[NF4Weight]) -> _Launch | None:
     first = weights[0]
-    if not 2 <= len(weights) <= _MAX_STACK or any(weight.layout != first.layout for weight in weights):
+    if not 2 <= len(weights) <= _MAX_STACK:
+        return None
+    if any(weight.layout != first.layout or not weight.in_words for weight in weights):
         return None
     arguments: dict[str, Any] = {}
     for number in range(_MAX_STACK):
         arguments |= weights[min(number, len(weights) - 1)].pointers(str(number))
     for number in range(_MAX_STACK):
-        arguments[f"n_bytes{number}"] = weights[number].shape.numel() // 2 if number < len(weights) else 0
+        arguments[f"n_words{number}"] = weights[number].shape.numel() // 8 if number < len(weights) else 0
     return _launch(weights, arguments)
 
 
@@ -119,18 +126,20 @@ def _dequantize_block(
     nested_code_ptr,
     offset_ptr,
     out_ptr,
-    n_bytes,
+    n_words,
     out_row_stride,
     COLUMNS: tl.constexpr,  # in_features where rows of the output are apart, else 0
     NESTED: tl.constexpr,
-    BYTES_PER_BLOCK: tl.constexpr,
+    WORDS_PER_BLOCK: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n_bytes
-    packed = tl.load(packed_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    block = offsets // BYTES_PER_BLOCK
+    first_word = tl.program_id(0).to(tl.int64) * BLOCK
+    numbers = tl.arange(0, BLOCK)
+    words = first_word + numbers
+    mask = words < n_words
+    packed = tl.load(packed_ptr + words, mask=mask, other=0)
+    block = words // WORDS_PER_BLOCK
     if NESTED:
         scale_code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         absmax = tl.load(nested_code_ptr + scale_code)
@@ -138,19 +147,21 @@ def _dequantize_block(
         absmax = absmax + tl.load(offset_ptr)
     else:
         absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
-    high = tl.load(code_ptr + ((packed >> 4) & 15)) * absmax
-    low = tl.load(code_ptr + (packed & 15)) * absmax
-    pairs = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
-    first = tl.program_id(0).to(tl.int64) * (2 * BLOCK)
-    numbers = tl.arange(0, 2 * BLOCK)
-    places = numbers
-    start = first
+    # The bytes of a word come lowest first, the halves of a byte highest first.
+    places = tl.arange(0, 8)
+    codes = (packed[:, None] >> ((places ^ 1) * 4)[None, :]) & 15
+    weights = tl.load(code_ptr + codes) * absmax[:, None]
+    start = first_word * 8
+    row_starts = numbers * 8
     if COLUMNS:
-        # The first element's row is worked out once for the program, so that the rest is in 32 bits.
-        start = first // COLUMNS * out_row_stride
-        columns = (first % COLUMNS).to(tl.int32) + numbers
-        places = columns // COLUMNS * out_row_stride + columns % COLUMNS
-    tl.store(out_ptr + start + places, pairs, mask=first + numbers < 2 * n_bytes)
+        # The first element's row is worked out once for the program, so that the rest is in 32 bits; a word's weights
+        # lie in one row, and are stored together.
+        columns = (start % COLUMNS).to(tl.int32) + row_starts
+        # Triton 3.6 does not see it, and would store every weight by itself.
+        row_starts = tl.multiple_of(columns // COLUMNS * out_row_stride + columns % COLUMNS, 8)
+        start = start // COLUMNS * out_row_stride
+    out_ptrs = out_ptr + start + row_starts[:, None] + places[None, :]
+    tl.store(out_ptrs, weights.to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @kernel
@@ -162,17 +173,17 @@ def _dequantize_nf4_kernel(
     nested_code_ptr,
     offset_ptr,
     out_ptr,
-    n_bytes,
+    n_words,
     out_row_stride,
     COLUMNS: tl.constexpr,
     NESTED: tl.constexpr,
-    BYTES_PER_BLOCK: tl.constexpr,
+    WORDS_PER_BLOCK: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     _dequantize_block(
-        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, n_bytes,
-        out_row_stride, COLUMNS, NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, n_words,
+        out_row_stride, COLUMNS, NESTED, WORDS_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
     )  # fmt: skip
 
 
@@ -197,46 +208,49 @@ def _dequantize_nf4_stack_kernel(
     nested_code2_ptr,
     offset2_ptr,
     out_ptr,
-    n_bytes0,
-    n_bytes1,
-    n_bytes2,
+    n_words0,
+    n_words1,
+    n_words2,
     out_row_stride,
     COLUMNS: tl.constexpr,
     NESTED: tl.constexpr,
-    BYTES_PER_BLOCK: tl.constexpr,
+    WORDS_PER_BLOCK: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start1 = 2 * n_bytes0.to(tl.int64)
-    start2 = start1 + 2 * n_bytes1
+    start1 = 8 * n_words0.to(tl.int64)
+    start2 = start1 + 8 * n_words1
     if COLUMNS:
         start1 = start1 // COLUMNS * out_row_stride
         start2 = start2 // COLUMNS * out_row_stride
     if tl.program_id(1) == 0:
         _dequantize_block(
             packed0_ptr, absmax0_ptr, code0_ptr, nested_absmax0_ptr, nested_code0_ptr, offset0_ptr,
-            out_ptr, n_bytes0, out_row_stride, COLUMNS,
-            NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+            out_ptr, n_words0, out_row_stride, COLUMNS,
+            NESTED, WORDS_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         _dequantize_block(
             packed1_ptr, absmax1_ptr, code1_ptr, nested_absmax1_ptr, nested_code1_ptr, offset1_ptr,
-            out_ptr + start1, n_bytes1, out_row_stride, COLUMNS,
-            NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+            out_ptr + start1, n_words1, out_row_stride, COLUMNS,
+            NESTED, WORDS_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
         )  # fmt: skip
     else:
         _dequantize_block(
             packed2_ptr, absmax2_ptr, code2_ptr, nested_absmax2_ptr, nested_code2_ptr, offset2_ptr,
-            out_ptr + start2, n_bytes2, out_row_stride, COLUMNS,
-            NESTED, BYTES_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
+            out_ptr + start2, n_words2, out_row_stride, COLUMNS,
+            NESTED, WORDS_PER_BLOCK, NESTED_BLOCKSIZE, BLOCK,
         )  # fmt: skip
 
 
 def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.Tensor:
     """The dense weight of an NF4 one.
 
+    The kernel takes weights of blocks and rows of multiples of 8 elements, as every Gemma 4 linear has; others, and a
+    strided `out` of other rows, go through the reference.
+
     Args:
-        weight: with an even number of elements (every Gemma 4 linear has one).
+        weight: with an even number of elements.
         out: row matrix to fill, of `weight.shape`, a floating dtype and unit column stride; None allocates one of
             `weight.dtype`.
 
@@ -256,18 +270,21 @@ def dequantize_nf4(weight: NF4Weight, out: torch.Tensor | None = None) -> torch.
             f"fastgemma: dequantize_nf4 needs a row matrix of {tuple(weight.shape)}, got {tuple(out.shape)} with "
             f"strides {out.stride()}."
         )
-    if not runs_kernel(weight.packed, weight.absmax, out):
+    rows = _rows(out)
+    if not runs_kernel(weight.packed, weight.absmax, out) or not weight.in_words or rows is None:
         return out.copy_(dequantize_nf4_reference(weight))
     if numel:
         grid, arguments = weight.launch
-        _dequantize_nf4_kernel[grid](out_ptr=out, **_rows(out), **arguments)
+        _dequantize_nf4_kernel[grid](out_ptr=out, **rows, **arguments)
     return out
 
 
-def _rows(out: torch.Tensor) -> dict[str, int]:
-    """Where the kernel writes the rows of `out`."""
+def _rows(out: torch.Tensor) -> dict[str, int] | None:
+    """Where the kernel writes the rows of `out`; None where eight weights might not lie together."""
     row_stride, columns = out.stride(0), out.shape[1]
-    return {"out_row_stride": row_stride, "COLUMNS": 0 if row_stride == columns else columns}
+    if row_stride == columns:
+        return {"out_row_stride": row_stride, "COLUMNS": 0}
+    return None if row_stride % 8 or columns % 8 else {"out_row_stride": row_stride, "COLUMNS": columns}
 
 
 def dequantize_nf4_stack(
@@ -289,12 +306,13 @@ def dequantize_nf4_stack(
         # The entry keeps the others, and so their ids, alive.
         fits = runs_kernel(out, *(weight.packed for weight in weights))
         stack = first.stacks[key] = (weights[1:], _stack_launch(weights) if fits else None)
-    if stack[1] is None:
-        for weight, rows in zip(weights, out.split_with_sizes(heights)):
-            dequantize_nf4(weight, rows)
+    rows = _rows(out)
+    if stack[1] is None or rows is None:
+        for weight, part in zip(weights, out.split_with_sizes(heights)):
+            dequantize_nf4(weight, part)
     elif out.numel():
         grid, arguments = stack[1]
-        _dequantize_nf4_stack_kernel[grid](out_ptr=out, **_rows(out), **arguments)
+        _dequantize_nf4_stack_kernel[grid](out_ptr=out, **rows, **arguments)
     return out
 
 

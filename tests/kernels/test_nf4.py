@@ -54,7 +54,7 @@ def assert_equal_bits(actual, expected):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape, blocksize", [((64, 96), 64), ((33, 130), 64), ((7, 30), 128), ((128, 256), 512)])
+@pytest.mark.parametrize("shape, blocksize", [((64, 96), 64), ((33, 136), 64), ((7, 40), 128), ((128, 256), 512)])
 def test_equal_to_bitsandbytes(dtype, nested, shape, blocksize, device):
     expected, weight = quantize(shape, device, dtype, blocksize, nested)
     assert_equal_bits(dequantize_nf4(weight), expected)
@@ -64,7 +64,7 @@ def test_equal_to_bitsandbytes(dtype, nested, shape, blocksize, device):
 @pytest.mark.parametrize("nested", [False, True])
 def test_many_blocks_and_programs(nested, device):
     """More bytes than one program takes, more scales than one second-level block, and a ragged end."""
-    expected, weight = quantize((521, 514), device, nested=nested)
+    expected, weight = quantize((521, 520), device, nested=nested)
     assert_equal_bits(dequantize_nf4(weight), expected)
 
 
@@ -83,12 +83,14 @@ def test_extreme_scales(scale, device):
 
 def test_layout_by_hand(device):
     """Codes in order, high nibble first; scales per block, then per group of scales."""
-    packed = torch.tensor([0x01, 0xF8, 0x3C, 0x70], dtype=torch.uint8, device=device)
-    codes = CODE.to(device)[torch.tensor([0, 1, 15, 8, 3, 12, 7, 0], device=device)]
+    packed = torch.tensor([0x01, 0xF8, 0x3C, 0x70, 0x2E, 0x4D, 0x96, 0xA5], dtype=torch.uint8, device=device)
+    numbers = [0, 1, 15, 8, 3, 12, 7, 0, 2, 14, 4, 13, 9, 6, 10, 5]
+    codes = CODE.to(device)[torch.tensor(numbers, device=device)]
     flat = NF4Weight(
-        packed, torch.tensor([2.0, 5.0], device=device), CODE.to(device), torch.Size((2, 4)), torch.float32, 4
+        packed, torch.tensor([2.0, 5.0], device=device), CODE.to(device), torch.Size((2, 8)), torch.float32, 8
     )
-    expected = (codes * torch.tensor([2.0] * 4 + [5.0] * 4, device=device)).view(2, 4)
+    assert flat.in_words
+    expected = (codes * torch.tensor([2.0] * 8 + [5.0] * 8, device=device)).view(2, 8)
     assert same_bits(dequantize_nf4(flat), expected)
     table = torch.zeros(256, device=device)
     table[200], table[3] = 0.25, -0.5
@@ -97,8 +99,29 @@ def test_layout_by_hand(device):
     )
     scale_codes = torch.tensor([200, 3], dtype=torch.uint8, device=device)
     weight = dataclasses.replace(flat, absmax=scale_codes, nested=nested)
-    expected = (codes * torch.tensor([0.625] * 4 + [-4.875] * 4, device=device)).view(2, 4)
+    expected = (codes * torch.tensor([0.625] * 8 + [-4.875] * 8, device=device)).view(2, 8)
     assert same_bits(dequantize_nf4(weight), expected)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(33, 130), (7, 30), (1, 2)])
+def test_weights_that_do_not_come_in_words(nested, shape, device, monkeypatch):
+    """And in a stack, and into rows apart: the kernel leaves them to the reference."""
+    expected, weight = quantize(shape, device, nested=nested)
+    log = record_launches(monkeypatch, module)
+    assert same_bits(dequantize_nf4(weight), expected)
+    assert same_bits(dequantize_nf4_stack([weight, weight], expected.dtype), torch.cat([expected, expected]))
+    assert log == []
+
+
+@pytest.mark.parametrize("behind", [1, 4, 8, 12])
+def test_rows_at_any_distance(behind, device, monkeypatch):
+    expected, weight = quantize((5, 64), device)
+    whole = torch.full((10, 64 + behind), 7.0, dtype=expected.dtype, device=device)
+    log = record_launches(monkeypatch, module)
+    dequantize_nf4_stack([weight, weight], expected.dtype, whole[:, :64])
+    assert same_bits(whole[:, :64].contiguous(), torch.cat([expected, expected]))
+    assert (whole[:, 64:] == 7).all() and len(log) == (behind == 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
