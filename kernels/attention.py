@@ -10,13 +10,15 @@ Source: Dao, "FlashAttention-2" (2023); `Gemma4TextAttention` in transformers.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.attention_backward import attention_bwd
 from fastgemma.kernels.attention_forward import attention_fwd
-from fastgemma.kernels.backend import check_dtype, runs_kernel
-from fastgemma.kernels.key_intervals import KeyIntervals
+from fastgemma.kernels.backend import check_dtype, compiling_ahead, runs_kernel
+from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 
 
 class _Attention(torch.autograd.Function):
@@ -48,14 +50,17 @@ def attention(
         q: [batch, seq_len, num_heads, head_dim], float32, bfloat16 or float16; head_dim a power of two from 16 on.
         k, v: [batch, seq_len, num_key_value_heads, head_dim], in q's dtype; num_heads is a multiple of theirs.
         intervals: of [batch, seq_len] rows, on q's device.
-        scale: of the scores; Gemma 4 uses 1.
+        scale: of the scores, above 0; Gemma 4 uses 1.
 
     Returns:
         [batch, seq_len, num_heads, head_dim], contiguous, in q's dtype.
 
     Raises:
-        TypeError: unsupported or unequal dtypes. ValueError: shapes that do not fit, or tensors on different devices.
+        TypeError: unsupported or unequal dtypes. ValueError: shapes that do not fit, tensors on different devices, or a
+            scale that is not above 0.
     """
+    if not scale > 0:
+        raise ValueError(f"fastgemma: attention got a scale of {scale}; give one above 0.")
     check_dtype("q", q)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"fastgemma: attention got q in {q.dtype}, k in {k.dtype} and v in {v.dtype}; cast them.")
@@ -75,6 +80,27 @@ def attention(
     if not runs_kernel(q, k, v, intervals.lo):
         return attention_reference(q, k, v, intervals, scale)
     return _Attention.apply(q, k, v, intervals, scale)
+
+
+@functools.cache
+def compile_attention_ahead(
+    dtype: torch.dtype, device: torch.device, num_heads: int, num_key_value_heads: int, head_dim: int, backward: bool
+) -> None:
+    """Has other threads compile what `attention` of such tensors will launch, once for each kind.
+
+    With nothing in Triton's cache its kernels take half of a first step's time to compile, one after the other.
+    """
+    # Enough rows for gradients that meet in float32, as those of most lengths do.
+    shape = (1, 512, num_heads, head_dim)
+    q, k, v = (
+        torch.empty((*shape[:2], heads, head_dim), dtype=dtype, device=device)
+        for heads in (num_heads, num_key_value_heads, num_key_value_heads)
+    )
+    intervals = key_intervals(1, 512, device)
+    with compiling_ahead():
+        out, lse = attention_fwd(q, k, v, intervals, 1.0)
+        if backward:
+            attention_bwd(out, q, k, v, out, lse, intervals, 1.0, (True, True))
 
 
 def attention_reference(

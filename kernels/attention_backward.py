@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from fastgemma.kernels.attention_products import _attention_dkdv_kernel, _attention_dq_kernel
+from fastgemma.kernels.attention_products import _attention_dkdv_kernel, _attention_dq_kernel, ds_offset
 from fastgemma.kernels.attention_tiles import (
     LOG2E,
     NO_KEY,
@@ -26,7 +26,7 @@ from fastgemma.kernels.attention_tiles import (
     tiles,
 )
 from fastgemma.kernels.attention_wide import chunk_of_positions
-from fastgemma.kernels.backend import cdiv, kernel, tl
+from fastgemma.kernels.backend import cdiv, kernel, kernel_of_any_numbers, tl
 from fastgemma.kernels.key_intervals import ROWS_TOGETHER, KeyIntervals
 from fastgemma.kernels.launch import launch, multiprocessors
 
@@ -51,7 +51,7 @@ def _attention_delta_kernel(
     tl.store(delta_ptr + rows, tl.sum(dout * out, axis=1), mask=rows < n_rows)
 
 
-@kernel
+@kernel_of_any_numbers
 def _attention_ds_kernel(
     q_ptr,
     k_ptr,
@@ -71,7 +71,6 @@ def _attention_ds_kernel(
     n_tiles,
     n_slots,
     reach,
-    ds_offset,
     scale_log2,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -99,6 +98,7 @@ def _attention_ds_kernel(
     rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = key_tile % n_slots * BLOCK_N + tl.arange(0, BLOCK_N)
     p_ptrs = workspace_ptr + rows[:, None] * (n_slots * BLOCK_N) + columns[None, :]
+    ds_ptrs = p_ptrs + ds_offset(tl.num_programs(1), n_rows, n_slots, BLOCK_N)
     dtype = workspace_ptr.dtype.element_ty
     if touched:
         keys = first_key + tl.arange(0, BLOCK_N)
@@ -119,11 +119,11 @@ def _attention_ds_kernel(
         # Over a single key the softmax is constant; the difference of dp and delta would be a rounding error.
         ds = tl.where(keep & (lo + 1 < hi)[:, None], p * (dp - delta[:, None]), 0.0)
         tl.store(p_ptrs, p.to(dtype))
-        tl.store(p_ptrs + ds_offset, ds.to(dtype))
+        tl.store(ds_ptrs, ds.to(dtype))
     elif wanted:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
         tl.store(p_ptrs, zeros)
-        tl.store(p_ptrs + ds_offset, zeros)
+        tl.store(ds_ptrs, zeros)
 
 
 def key_blocks(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -203,8 +203,7 @@ def attention_bwd(
         stop = min(start + chunk, seq_len)
         first_tile, end_tile = intervals.tiles_of_rows(start, stop, block_keys)
         n_slots = most_slots if windowed else intervals.tiles_of_rows(start, stop, block_n)[1]
-        ds_offset = slots * n_rows * n_slots * block_n
-        of_chunk = {**shared, "start": start, "stop": stop, "n_slots": n_slots, "ds_offset": ds_offset}
+        of_chunk = {**shared, "start": start, "stop": stop, "n_slots": n_slots}
         _attention_ds_kernel[(n_rows // block_m * n_slots, slots)](
             q_ptr=q,
             k_ptr=k,

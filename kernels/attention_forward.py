@@ -17,16 +17,30 @@ from fastgemma.kernels.attention_tiles import (
     finite_rows,
     full_bounds,
     key_bounds,
+    row_offsets,
     row_tile,
     tiles,
     wide,
 )
 from fastgemma.kernels.attention_wide import wide_attention_fwd
-from fastgemma.kernels.backend import cdiv, jit, kernel, tl
+from fastgemma.kernels.backend import cdiv, jit, kernel_of_any_numbers, tile_descriptor, tl
 from fastgemma.kernels.key_intervals import KeyIntervals
 
 # Wider heads, and numbers of 4 bytes, leave too few registers and too little shared memory for whole heads.
 _WIDEST = 256
+
+
+@jit
+def _tile(ptrs, desc, first, batch_row, column, mask, KEY_STRIDE: tl.constexpr):
+    """Keys from `first` on: through the copy engine where there is a descriptor, else as addresses in registers.
+
+    Past the end of a sequence the copy engine reads the next one; of what is masked nothing but its finiteness counts.
+    """
+    if desc is None:
+        tile = tl.load(ptrs + wide(first) * KEY_STRIDE, mask=mask, other=0.0)
+    else:
+        tile = desc.load([batch_row + first, column])
+    return tile
 
 
 @jit
@@ -39,6 +53,10 @@ def _attend(
     q,
     k_ptrs,
     v_ptrs,
+    k_desc,
+    v_desc,
+    batch_row,
+    column,
     lo,
     hi,
     seq_len,
@@ -52,15 +70,15 @@ def _attend(
     keys = tl.arange(0, BLOCK_N)
     for first in range(start, end, BLOCK_N):
         mask = keys[:, None] < (seq_len - first if MASKED else BLOCK_N)
-        k = tl.load(k_ptrs + wide(first) * KEY_STRIDE, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        v = tl.load(v_ptrs + wide(first) * KEY_STRIDE, mask=mask, other=0.0)
+        k = _tile(k_ptrs, k_desc, first, batch_row, column, mask, KEY_STRIDE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = _tile(v_ptrs, v_desc, first, batch_row, column, mask, KEY_STRIDE)
         if MASKED:
             keep = (first + keys[None, :] >= lo[:, None]) & (first + keys[None, :] < hi[:, None])
             # Not -inf: the difference of two infinities is NaN.
             s = tl.where(keep, s, -1e30)
-        new_peak = tl.maximum(peak, tl.max(s, axis=1))
-        p = tl.exp2(s - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(s, axis=1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - new_peak[:, None])
         if FINITE:
             v, bad = finite_rows(v)
             p = tl.where(bad[None, :], float("nan"), p)
@@ -74,7 +92,16 @@ def _attend(
     return acc, peak, total
 
 
-@kernel
+@jit
+def _store(acc, peak, total, some, exists, out_ptrs, lse_ptrs):
+    """`some`: which rows have keys; `exists`: which rows there are."""
+    total = tl.where(some, total, 1.0)
+    out = tl.where(some[:, None], acc / total[:, None], 0.0)
+    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse_ptrs, tl.where(some, peak + tl.log2(total), 0.0), mask=exists)
+
+
+@kernel_of_any_numbers
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -83,6 +110,8 @@ def _attention_fwd_kernel(
     hi_ptr,
     out_ptr,
     lse_ptr,
+    k_desc,
+    v_desc,
     seq_len,
     scale_log2,
     KV_HEADS: tl.constexpr,
@@ -103,44 +132,52 @@ def _attention_fwd_kernel(
     first, end = key_bounds(lo, hi, NO_KEY)
     first = first // BLOCK_N * BLOCK_N
     full, partial = full_bounds(lo, hi, exists, first, end, NO_KEY, BLOCK_N)
-    heads = head * GROUP + members
-
+    # The tile's rows in [batch, seq_len, heads], from a first one on.
+    if BLOCK_M % GROUP == 0:
+        # Constant distances take no registers through the loops: see `row_offsets`.
+        start = ((batch * seq_len + tile * (BLOCK_M // GROUP)) * KV_HEADS + head) * GROUP
+        rows = row_offsets(tl.arange(0, BLOCK_M), KV_HEADS, GROUP, 1)
+    else:
+        start = batch * seq_len * (KV_HEADS * GROUP)
+        rows = positions * (KV_HEADS * GROUP) + head * GROUP + members
     dims = tl.arange(0, HEAD_DIM)[None, :]
-    rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
-    q = tl.load(q_ptr + rows[:, None] * HEAD_DIM + dims)
+    places = rows[:, None] * HEAD_DIM + dims
+    q = tl.load(q_ptr + start * HEAD_DIM + places, mask=exists[:, None], other=0.0)
     keys = batch * seq_len * KEY_STRIDE + head * HEAD_DIM + (tl.arange(0, BLOCK_N) * KEY_STRIDE)[:, None] + dims
     k_ptrs, v_ptrs = k_ptr + keys, v_ptr + keys
+    batch_row = tl.program_id(2) * seq_len
+    column = head * HEAD_DIM
 
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     acc, peak, total = _attend(
-        acc, peak, total, first, full, q, k_ptrs, v_ptrs, lo, hi, seq_len,
-        scale_log2, True, False, KEY_STRIDE, BLOCK_N,
+        acc, peak, total, first, full, q, k_ptrs, v_ptrs, k_desc, v_desc, batch_row, column,
+        lo, hi, seq_len, scale_log2, True, False, KEY_STRIDE, BLOCK_N,
     )  # fmt: skip
     acc, peak, total = _attend(
-        acc, peak, total, full, partial, q, k_ptrs, v_ptrs, lo, hi, seq_len,
-        scale_log2, False, False, KEY_STRIDE, BLOCK_N,
+        acc, peak, total, full, partial, q, k_ptrs, v_ptrs, k_desc, v_desc, batch_row, column,
+        lo, hi, seq_len, scale_log2, False, False, KEY_STRIDE, BLOCK_N,
     )  # fmt: skip
     acc, peak, total = _attend(
-        acc, peak, total, partial, end, q, k_ptrs, v_ptrs, lo, hi, seq_len,
-        scale_log2, True, False, KEY_STRIDE, BLOCK_N,
+        acc, peak, total, partial, end, q, k_ptrs, v_ptrs, k_desc, v_desc, batch_row, column,
+        lo, hi, seq_len, scale_log2, True, False, KEY_STRIDE, BLOCK_N,
     )  # fmt: skip
-    if not all_finite(acc):
+    out_ptrs = out_ptr + start * HEAD_DIM + places
+    lse_ptrs = lse_ptr + start + rows
+    some = lo < hi
+    finite = all_finite(acc)
+    # What has to be done again is written all the same: waiting for the answer would keep registers.
+    _store(acc, peak, total, some, exists, out_ptrs, lse_ptrs)
+    if not finite:
         peak = tl.full([BLOCK_M], -1e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         acc, peak, total = _attend(
-            acc, peak, total, first, end, q, k_ptrs, v_ptrs, lo, hi, seq_len,
-            scale_log2, True, True, KEY_STRIDE, BLOCK_N,
+            acc, peak, total, first, end, q, k_ptrs, v_ptrs, k_desc, v_desc, batch_row, column,
+            lo, hi, seq_len, scale_log2, True, True, KEY_STRIDE, BLOCK_N,
         )  # fmt: skip
-
-    some = lo < hi
-    total = tl.where(some, total, 1.0)
-    out = tl.where(some[:, None], acc / total[:, None], 0.0)
-    # [batch, seq_len, heads, head_dim], contiguous.
-    tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
-    tl.store(lse_ptr + rows, tl.where(some, peak + tl.log2(total), 0.0), mask=exists)
+        _store(acc, peak, total, some, exists, out_ptrs, lse_ptrs)
 
 
 def attention_fwd(
@@ -163,6 +200,10 @@ def attention_fwd(
     group = num_heads // num_key_value_heads
     config = tiles("attention_fwd", head_dim, q.dtype, q.device)
     grid = (num_key_value_heads, cdiv(seq_len * group, config.blocks["BLOCK_M"]), batch)
+    k_desc = v_desc = None
+    if config.descriptors:
+        block = (config.blocks["BLOCK_N"], head_dim)
+        k_desc, v_desc = (tile_descriptor(x.view(batch * seq_len, -1), block) for x in (k, v))
     _attention_fwd_kernel[grid](
         q_ptr=q,
         k_ptr=k,
@@ -171,6 +212,8 @@ def attention_fwd(
         hi_ptr=intervals.hi,
         out_ptr=out,
         lse_ptr=lse,
+        k_desc=k_desc,
+        v_desc=v_desc,
         seq_len=seq_len,
         scale_log2=scale * LOG2E,
         KV_HEADS=num_key_value_heads,

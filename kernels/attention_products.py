@@ -9,7 +9,13 @@ keys], where a tile of keys lies at its number modulo the number of slots.
 from __future__ import annotations
 
 from fastgemma.kernels.attention_tiles import all_finite, chunk_tile, finite_rows, key_bounds, row_offsets, wide
-from fastgemma.kernels.backend import jit, kernel, tl
+from fastgemma.kernels.backend import jit, kernel_of_any_numbers, tl
+
+
+@jit
+def ds_offset(slots, n_rows, n_slots, BLOCK: tl.constexpr):
+    """Where ds begins in the workspace: behind the p of all slots."""
+    return slots.to(tl.int64) * n_rows * n_slots * BLOCK
 
 
 @jit
@@ -45,7 +51,7 @@ def _sum_keys(
     return acc
 
 
-@kernel
+@kernel_of_any_numbers
 def _attention_dq_kernel(
     k_ptr,
     lo_ptr,
@@ -57,7 +63,6 @@ def _attention_dq_kernel(
     stop,
     n_rows,
     n_slots,
-    ds_offset,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -78,7 +83,7 @@ def _attention_dq_kernel(
     first, end = key_bounds(lo, hi, NO_KEY)
     first = first // BLOCK_K * BLOCK_K
     rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    ds_rows = workspace_ptr + ds_offset + rows * (n_slots * BLOCK_N)
+    ds_rows = workspace_ptr + ds_offset(tl.num_programs(1), n_rows, n_slots, BLOCK_N) + rows * (n_slots * BLOCK_N)
     k_base = k_ptr + (batch * seq_len * KV_HEADS + head) * HEAD_DIM + first_dim
     acc = _sum_keys(
         first, end, ds_rows, k_base, lo, hi, seq_len, n_slots, False, KV_HEADS * HEAD_DIM, DIMS, BLOCK_M, BLOCK_N,
@@ -181,7 +186,7 @@ def _gradient_of_keys(
     tl.store(ptrs, acc.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel_of_any_numbers
 def _attention_dkdv_kernel(
     q_ptr,
     dout_ptr,
@@ -201,7 +206,6 @@ def _attention_dkdv_kernel(
     started_tiles,
     n_tiles,
     n_slots,
-    ds_offset,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -237,8 +241,9 @@ def _attention_dkdv_kernel(
     hi_ptr += batch * seq_len
     accumulate = tile < started_tiles
     if for_k == 1:
+        columns_base += ds_offset(tl.num_programs(2), n_rows, n_slots, SLOT_N)
         _gradient_of_keys(
-            dk_ptr, first_row, end_row, columns_base + ds_offset, n_columns, q_ptr + x_offset, lo_ptr, hi_ptr, keys,
+            dk_ptr, first_row, end_row, columns_base, n_columns, q_ptr + x_offset, lo_ptr, hi_ptr, keys,
             grad_row, start, stop, seq_len, scale, accumulate, KV_HEADS, GROUP, HEAD_DIM, DIMS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:

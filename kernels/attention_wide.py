@@ -29,7 +29,7 @@ from fastgemma.kernels.attention_tiles import (
     tiles,
     wide,
 )
-from fastgemma.kernels.backend import cdiv, jit, kernel, tl
+from fastgemma.kernels.backend import cdiv, jit, kernel_of_any_numbers, tl
 from fastgemma.kernels.key_intervals import KeyIntervals
 from fastgemma.kernels.workspace import workspace_bytes
 
@@ -45,7 +45,7 @@ def chunk_of_positions(seq_len: int, bytes_per_position: int, device: torch.devi
     return min(seq_len, max(affordable // _ALIGN, 1) * _ALIGN)
 
 
-@kernel
+@kernel_of_any_numbers
 def _attention_scores_kernel(
     q_ptr,
     k_ptr,
@@ -60,7 +60,6 @@ def _attention_scores_kernel(
     n_rows,
     first_tile,
     n_tiles,
-    n_columns,
     scale_log2,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -87,7 +86,7 @@ def _attention_scores_kernel(
         p = tl.where(keep, tl.exp2(s - peak[:, None]), 0.0)
         rows = tl.program_id(1).to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        workspace = workspace_ptr + rows[:, None] * n_columns + columns[None, :]
+        workspace = workspace_ptr + rows[:, None] * (n_tiles * BLOCK_N) + columns[None, :]
         tl.store(workspace, p.to(workspace_ptr.dtype.element_ty))
         stats = key_tile.to(tl.int64) * n_rows * tl.num_programs(1) + rows
         tl.store(peaks_ptr + stats, peak)
@@ -132,7 +131,7 @@ def _sum_values(
     return acc
 
 
-@kernel
+@kernel_of_any_numbers
 def _attention_output_kernel(
     v_ptr,
     lo_ptr,
@@ -147,7 +146,7 @@ def _attention_output_kernel(
     stop,
     n_rows,
     first_tile,
-    n_columns,
+    n_tiles,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -177,7 +176,7 @@ def _attention_output_kernel(
         total = total * tl.exp2(highest - higher) + tl.load(totals_ptr + stats) * tl.exp2(peak - higher)
         highest = higher
 
-    p_rows = workspace_ptr + rows * n_columns
+    p_rows = workspace_ptr + rows * (n_tiles * BLOCK_N)
     v_base = v_ptr + (batch * seq_len * KV_HEADS + head) * HEAD_DIM + first_dim
     first = first // BLOCK_K * BLOCK_K
     acc = _sum_values(
@@ -238,7 +237,7 @@ def wide_attention_fwd(
             "stop": stop,
             "n_rows": n_rows,
             "first_tile": first_tile,
-            "n_columns": n_tiles * block_n,
+            "n_tiles": n_tiles,
             "KV_HEADS": num_key_value_heads,
             "GROUP": group,
             "HEAD_DIM": head_dim,
@@ -247,7 +246,6 @@ def wide_attention_fwd(
         _attention_scores_kernel[(n_rows // scores.blocks["BLOCK_M"] * n_tiles, slots)](
             q_ptr=q,
             k_ptr=k,
-            n_tiles=n_tiles,
             scale_log2=scale * LOG2E,
             **shared,
             **scores.kwargs(),

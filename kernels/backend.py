@@ -6,12 +6,15 @@ macOS): there every operation runs its plain-torch reference.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import operator
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -47,33 +50,42 @@ class Kernel:
     Triton binds and classifies every argument again at each launch, which costs more host time than a small kernel
     takes on the GPU. Here a launch whose values and pointer alignments were seen before finds its compiled variant in
     one look-up, and hands addresses to Triton's launcher, which would ask the driver about each tensor otherwise. Name
-    every parameter in a launch, compiler options last; pointers come first in the kernel's signature, as `..._ptr`.
+    every parameter in a launch, compiler options last; pointers come first in the kernel's signature, as `..._ptr`,
+    then what `tile_descriptor` returned or None, as `..._desc`.
     """
 
-    def __init__(self, fn: Any) -> None:
-        self.function = jit(fn)
+    def __init__(self, fn: Any, specialise: bool = True) -> None:
         self.__name__: str = fn.__name__
         # By exact values, to spare the classification; by what Triton compiles values into.
         self._launchers: dict[Any, Callable[..., None]] = {}
         self._compiled: dict[Any, Any] = {}
+        # What other threads compile, or have compiled.
+        self._ahead: dict[Any, Future[Any]] = {}
         self._orders: dict[tuple[str, ...], Callable[[Any], tuple[Any, ...]]] = {}
-        if HAS_TRITON:
-            parameters = inspect.signature(fn).parameters.values()
-            self._names = [parameter.name for parameter in parameters]
-            self._is_constexpr = ["constexpr" in str(parameter.annotation) for parameter in parameters]
-            self._n_pointers = sum(name.endswith("_ptr") for name in self._names)
+        parameters = inspect.signature(fn).parameters.values()
+        self._names = [parameter.name for parameter in parameters]
+        self._is_constexpr = ["constexpr" in str(parameter.annotation) for parameter in parameters]
+        self._n_pointers = sum(name.endswith("_ptr") for name in self._names)
+        self._n_descriptors = sum(name.endswith("_desc") for name in self._names)
+        start = self._n_pointers + self._n_descriptors
+        numbers = [name for name, constant in zip(self._names, self._is_constexpr) if not constant][start:]
+        self._specialisation = _specialisation if specialise else _width
+        self.function = triton.jit(fn, do_not_specialize=[] if specialise else numbers) if HAS_TRITON else fn
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return functools.partial(self._launch, grid)
+        return functools.partial(self._compile_ahead if _this_thread.compiles_ahead else self._launch, grid)
 
-    def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> None:
+    def _in_order(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a launch in the kernel's own order, then options."""
         names = tuple(kwargs)
         order = self._orders.get(names)
         if order is None:
-            # The kernel's own order, then options.
             ordered = (*self._names, *names[len(self._names) :])
             order = self._orders[names] = operator.itemgetter(*map(names.index, ordered))
-        values = order(tuple(kwargs.values()))
+        return order(tuple(kwargs.values()))
+
+    def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> None:
+        values = self._in_order(kwargs)
         n_pointers = self._n_pointers
         pointers = values[:n_pointers]
         first = pointers[0]
@@ -97,7 +109,10 @@ class Kernel:
             dtypes.append(pointer.dtype)
         aligned = True if unaligned & 15 == 0 else tuple(address & 15 == 0 for address in addresses)
         rest = values[n_pointers:]
-        key = (device, grid, aligned, *dtypes, *rest)
+        n_descriptors = self._n_descriptors
+        # A descriptor's address and lengths are given to the launcher; what it was compiled for is its tile.
+        known = (*map(_tile, rest[:n_descriptors]), *rest[n_descriptors:]) if n_descriptors else rest
+        key = (device, grid, aligned, *dtypes, *known)
         launcher = self._launchers.get(key)
         if launcher is None:
             launcher = self._find(grid, kwargs, rest, key[:1] + key[2 : 3 + n_pointers])
@@ -112,18 +127,40 @@ class Kernel:
         self, grid: tuple[int, ...], kwargs: dict[str, Any], rest: tuple[Any, ...], pointers: tuple[Any, ...]
     ) -> Callable[..., None] | None:
         """What launches these values on this grid, or None where the first launch compiled, and so launched already."""
-        constants = self._is_constexpr[self._n_pointers :]
-        variant = (
-            pointers,
-            *(value if constant else _specialisation(value) for value, constant in zip(rest, constants)),
-            *rest[len(constants) :],
-        )
+        variant = self._variant(rest, pointers)
         compiled = self._compiled.get(variant)
+        if compiled is None:
+            ahead = self._ahead.pop(variant, None)
+            if ahead is not None and ahead.exception() is None:
+                compiled = self._compiled[variant] = ahead.result()
         if compiled is None:
             # What it returns launches itself from then on.
             self._compiled[variant] = self.function[grid](**kwargs)
             return None
         return _launcher(compiled, grid if len(grid) == 3 else (*grid, 1, 1)[:3])
+
+    def _variant(self, rest: tuple[Any, ...], pointers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What Triton compiles a kernel for: `pointers` are device, alignments and dtypes, `rest` what follows them."""
+        constants = self._is_constexpr[self._n_pointers :]
+        known = (value if constant else self._specialisation(value) for value, constant in zip(rest, constants))
+        return (pointers, *known, *rest[len(constants) :])
+
+    def _compile_ahead(self, grid: tuple[int, ...], **kwargs: Any) -> None:
+        """Has another thread compile and load what a launch would need; launches nothing."""
+        values = self._in_order(kwargs)
+        tensors, rest = values[: self._n_pointers], values[self._n_pointers :]
+        device = tensors[0].get_device()
+        variant = self._variant(rest, (device, True, *(tensor.dtype for tensor in tensors)))
+        if variant in self._compiled or variant in self._ahead:
+            return
+
+        def work() -> Any:
+            torch.cuda.set_device(device)
+            compiled = self.function.warmup(grid=grid, **kwargs)
+            compiled[grid]  # loads it
+            return compiled
+
+        self._ahead[variant] = _compilers().submit(work)
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -147,13 +184,50 @@ def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 _MAX_LAUNCHERS = 4096
 
 
+class _ThisThread(threading.local):
+    compiles_ahead = False
+
+
+_this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Has other threads compile what is launched inside, instead of launching it: outputs are left as they were.
+
+    A launch of the same kind waits for them later, or compiles by itself where they failed. Tensors inside must begin
+    at multiples of 16 bytes.
+    """
+    _this_thread.compiles_ahead = True
+    try:
+        yield
+    finally:
+        _this_thread.compiles_ahead = False
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    # The compiler gives Python's lock away for most of its time. More than 8 would want a laptop's memory.
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastgemma-compile")
+
+
 def _specialisation(value: Any) -> Any:
-    """What Triton compiles a run-time number into: an integer 1, divisibility by 16, its width; floats are alike."""
+    """What Triton compiles a run-time value into: an integer 1, divisibility by 16, its width; floats are alike."""
     if value.__class__ is not int:
-        return None
+        return _tile(value)
     if -_INT32_MAX <= value <= _INT32_MAX:
         return 1 if value == 1 else 2 if value & 15 else 3
     return 4 if value & 15 else 5
+
+
+def _width(value: Any) -> Any:
+    """The same where integers are not looked at."""
+    return -_INT32_MAX <= value <= _INT32_MAX if value.__class__ is int else _tile(value)
+
+
+def _tile(value: Any) -> Any:
+    """What a kernel was compiled for of a descriptor; None of anything else."""
+    return (value.base.dtype, *value.block_shape) if hasattr(value, "block_shape") else None
 
 
 @functools.cache
@@ -164,6 +238,21 @@ def _several_devices() -> bool:
 def kernel(fn: Any) -> Kernel:
     """Decorator of a kernel's entry point; its first argument must be a tensor. Helpers it calls take `jit`."""
     return Kernel(fn)
+
+
+def kernel_of_any_numbers(fn: Any) -> Kernel:
+    """`kernel` for what takes long to compile: not anew for integers of 1, or for multiples of 16.
+
+    Where the compiler must know that a number is such a multiple, the kernel tells it.
+    """
+    return Kernel(fn, specialise=False)
+
+
+def tile_descriptor(rows: torch.Tensor, block: tuple[int, int]) -> Any:
+    """What a kernel loads tiles of `block` from, of `rows` [n, columns]: contiguous, at a multiple of 16 bytes."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block))
 
 
 def interpreting() -> bool:

@@ -8,7 +8,7 @@ operation, not per element.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,11 +17,12 @@ from fastgemma.kernels.backend import interpreting
 
 @dataclass(frozen=True)
 class Launch:
-    """How to launch one kernel: its constexpr block sizes, and the compiler's options."""
+    """How to launch one kernel: its constexpr block sizes, the compiler's options, and how tiles are loaded."""
 
     blocks: dict[str, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    descriptors: bool = False  # through the copy engine (TMA) of sm_90 and later
 
     def kwargs(self) -> dict[str, int]:
         return self._kwargs
@@ -30,7 +31,7 @@ class Launch:
         """The same with no piece of a head larger than a head."""
         pieces = ("BLOCK_D", "DIMS")
         blocks = {name: min(size, head_dim) if name in pieces else size for name, size in self.blocks.items()}
-        return Launch(blocks, self.num_warps, self.num_stages)
+        return replace(self, blocks=blocks)
 
     @functools.cached_property
     def _kwargs(self) -> dict[str, int]:
@@ -67,7 +68,9 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
     ("attention_fwd", "256", "any"): Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     ("attention_fwd", "256", "sm_100"): Launch({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
-    ("attention_fwd", "256", "sm_90"): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    ("attention_fwd", "256", "sm_90"): Launch(
+        {"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, descriptors=True
+    ),
     ("attention_fwd", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128}),
     ("attention_scores", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
     ("attention_scores", "512", "any"): Launch(

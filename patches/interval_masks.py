@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastgemma.kernels.attention import compile_attention_ahead
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.patches.host_copies import host_copy
@@ -99,6 +100,8 @@ class IntervalMasks:
         plain = padding is None and documents is None and blocks is None
         if plain and key in self._kept:
             return self._kept[key]
+        if reference.is_cuda and not interpreting():
+            _compile_ahead(model, config, reference.device)
         # Tensors of inference mode could not be kept for training.
         with torch.inference_mode(False):
             masks = {
@@ -123,6 +126,18 @@ class IntervalMasks:
         return masks
 
 
+def _dtype(model: Any) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+
+
+def _compile_ahead(model: Any, config: Any, device: torch.device) -> None:
+    """Before the first layer needs them, and while those around attention compile."""
+    heads = config.num_attention_heads
+    attentions = [layer.self_attn for layer in getattr(model, "language_model", model).layers]
+    for head_dim, group in dict.fromkeys((a.head_dim, a.num_key_value_groups) for a in attentions):
+        compile_attention_ahead(_dtype(model), device, heads, heads // group, head_dim, torch.is_grad_enabled())
+
+
 def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> None:
     if torch.compiler.is_compiling():
         raise Unsupported("compiling")
@@ -132,7 +147,7 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
     if device.type == "cuda" and not interpreting():
         if torch.cuda.get_device_capability(device) < (8, 0):
             raise Unsupported("a GPU before Ampere: Triton has no tensor cores there")
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+        dtype = _dtype(model)
         if dtype not in (torch.bfloat16, torch.float16):
             raise Unsupported(f"{dtype}")
     if given.get("past_key_values") is not None:

@@ -298,3 +298,30 @@ def test_errors(device: torch.device) -> None:
         attention(*make(1, 9, 2, 1, 24, device).values(), intervals)
     with pytest.raises(ValueError, match="do not fit q"):
         attention(**inputs, intervals=key_intervals(1, 8, device))
+
+
+@pytest.mark.parametrize("seq_len, kv_heads", [(1, 1), (37, 1), (64, 2), (70, 4)])
+def test_through_descriptors(
+    seq_len: int, kv_heads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as through pointers; past the end of an entry lies the next one, here with a NaN in its keys."""
+    inputs = make(2, seq_len, 4, kv_heads, 16, device, torch.float16)
+    for name in ("k", "v"):
+        inputs[name].detach()[1, 0] = float("nan")
+    documents = torch.arange(seq_len).expand(2, -1) // 30
+    for intervals in (key_intervals(2, seq_len, device, 20), key_intervals(2, seq_len, device, documents=documents)):
+        expected = attention(**inputs, intervals=intervals)
+        architecture = launch_module.architecture(device)
+        row = Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, descriptors=True)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+            pytest.skip("needs a GPU with a copy engine")
+        with monkeypatch.context() as patch:
+            patch.setitem(launch_module.TABLE, ("attention_fwd", "16", architecture), row)
+            launch_module.launch.cache_clear()
+            log = record_launches(patch, attention_forward)
+            out = attention(**inputs, intervals=intervals)
+        launch_module.launch.cache_clear()
+        assert len(log) == 1
+        assert same_bits(out[0], expected[0]) and out[0].isfinite().all()
+        assert torch.equal(out[1].isnan(), expected[1].isnan()) and out[1, :1].isnan().all()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)

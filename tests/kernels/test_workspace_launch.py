@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.launch as launch_module
-from fastgemma.kernels.backend import Kernel, as_rows, cdiv, check_dtype, next_power_of_2, runs_kernel, tl
+from fastgemma.kernels.backend import (
+    Kernel,
+    as_rows,
+    cdiv,
+    check_dtype,
+    compiling_ahead,
+    next_power_of_2,
+    runs_kernel,
+    tl,
+)
 from fastgemma.kernels.launch import TABLE, Launch, architecture, launch
 from fastgemma.kernels.workspace import set_workspace_bytes, workspace_bytes
 
@@ -178,17 +188,19 @@ class FakeTensor:
         return self.pointer
 
 
-@pytest.fixture
-def fake_kernel(monkeypatch):
-    """A kernel whose compilations and direct launches are written down, on one pretended card."""
+@pytest.fixture(params=[True])
+def fake_kernel(monkeypatch, request):
+    """A kernel whose compilations and direct launches are written down, on one pretended card; by name of thread those
+    that are ahead of a launch."""
     monkeypatch.setattr(backend, "_several_devices", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
-    def function(x_ptr, y_ptr, n_rows, eps, BLOCK: tl.constexpr):
+    def function(x_ptr, y_ptr, x_desc, n_rows, eps, BLOCK: tl.constexpr):
         raise AssertionError("never run")
 
-    kernel = Kernel(function)
-    compiled, direct, official = [], [], []
+    kernel = Kernel(function, specialise=request.param)
+    compiled, ahead, direct, official = [], [], [], []
 
     class Variant:
         function, packed_metadata = "function", "metadata"
@@ -204,16 +216,41 @@ def fake_kernel(monkeypatch):
         def __getitem__(self, grid):
             return lambda **kwargs: compiled.append((grid, kwargs)) or Variant()
 
+        def warmup(self, grid, **kwargs):
+            ahead.append(threading.current_thread().name)
+            if kwargs["eps"] < 0:
+                raise RuntimeError("does not compile")
+            return Variant()
+
     kernel.function = Function()
-    return SimpleNamespace(kernel=kernel, compiled=compiled, direct=direct, official=official)
+    return SimpleNamespace(kernel=kernel, compiled=compiled, ahead=ahead, direct=direct, official=official)
 
 
-ARGUMENTS = {"x_ptr": FakeTensor(), "y_ptr": FakeTensor(), "n_rows": 5, "eps": 1e-6, "BLOCK": 8, "num_warps": 4}
+def _rows(dtype=torch.float32, block=(4, 8), shape=(6, 8)):
+    """What a launch reads of a descriptor; comparing or hashing one would be a mistake."""
+
+    class Rows:
+        __hash__ = None
+        base, block_shape = SimpleNamespace(dtype=dtype), list(block)
+
+    Rows.shape = list(shape)
+    return Rows()
+
+
+ARGUMENTS = {
+    "x_ptr": FakeTensor(),
+    "y_ptr": FakeTensor(),
+    "x_desc": _rows(),
+    "n_rows": 5,
+    "eps": 1e-6,
+    "BLOCK": 8,
+    "num_warps": 4,
+}
 
 
 def _launched(arguments):
     """What a launch of these arguments hands on: addresses, then values."""
-    values = (arguments[name] for name in ("n_rows", "eps", "BLOCK"))
+    values = (arguments[name] for name in ("x_desc", "n_rows", "eps", "BLOCK"))
     return arguments["x_ptr"].pointer, arguments["y_ptr"].pointer, *values
 
 
@@ -225,6 +262,10 @@ def _launched(arguments):
         ({"eps": 0.5}, False),
         ({"n_rows": 7}, False),
         ({"x_ptr": FakeTensor(pointer=4096)}, False),
+        ({"x_desc": _rows(shape=(9, 8))}, False),
+        ({"x_desc": _rows(block=(2, 8))}, True),
+        ({"x_desc": _rows(torch.float16)}, True),
+        ({"x_desc": None}, True),
         ({"n_rows": 1}, True),
         ({"n_rows": 32}, True),
         ({"n_rows": 2**31}, True),
@@ -249,9 +290,52 @@ def test_a_variant_serves_exactly_what_it_was_compiled_for(change, recompiles, f
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("fake_kernel", [False], indirect=True)
+@pytest.mark.parametrize("number, recompiles", [(1, False), (32, False), (7, False), (2**31, True)])
+def test_one_variant_for_any_number(number, recompiles, fake_kernel):
+    fake_kernel.kernel[(3,)](**ARGUMENTS)
+    fake_kernel.kernel[(3,)](**ARGUMENTS | {"n_rows": number})
+    assert len(fake_kernel.compiled) == 1 + recompiles
+
+
+def test_integers_that_the_compiler_does_not_look_at():
+    def function(x_ptr, x_desc, n_rows, eps, BLOCK: tl.constexpr):
+        raise AssertionError("never run")
+
+    if not backend.HAS_TRITON or backend.interpreting():
+        pytest.skip("needs Triton's compiler")
+    assert [p.do_not_specialize for p in Kernel(function, specialise=False).function.params] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_compiled_ahead_in_another_thread_and_launched_here(fake_kernel):
+    with compiling_ahead():
+        fake_kernel.kernel[(3,)](**ARGUMENTS)
+        fake_kernel.kernel[(3,)](**ARGUMENTS | {"n_rows": 7})  # the same variant
+    assert not fake_kernel.compiled and not fake_kernel.direct
+    fake_kernel.kernel[(9, 2)](**ARGUMENTS)
+    assert fake_kernel.direct == [((9, 2, 1), _launched(ARGUMENTS))] and not fake_kernel.compiled
+    assert len(fake_kernel.ahead) == 1 and fake_kernel.ahead[0].startswith("fastgemma-compile")
+    fake_kernel.kernel[(3,)](**ARGUMENTS | {"BLOCK": 16})  # not foreseen
+    assert len(fake_kernel.compiled) == 1
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_what_failed_ahead_compiles_at_its_launch(fake_kernel):
+    arguments = ARGUMENTS | {"eps": -1.0}
+    with pytest.raises(KeyError, match="mine"), compiling_ahead():
+        fake_kernel.kernel[(3,)](**arguments)
+        raise KeyError("mine")
+    fake_kernel.kernel[(3,)](**arguments)  # outside again, though left by an exception
+    assert len(fake_kernel.ahead) == len(fake_kernel.compiled) == 1
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 def test_arguments_may_be_named_in_any_order(fake_kernel):
     fake_kernel.kernel[(3,)](**ARGUMENTS)
-    swapped = {name: ARGUMENTS[name] for name in ("BLOCK", "eps", "y_ptr", "n_rows", "x_ptr", "num_warps")}
+    swapped = {name: ARGUMENTS[name] for name in ("BLOCK", "eps", "y_ptr", "n_rows", "x_desc", "x_ptr", "num_warps")}
     fake_kernel.kernel[(3,)](**swapped)
     assert len(fake_kernel.compiled) == 1 and fake_kernel.direct == [((3, 1, 1), _launched(ARGUMENTS))]
 

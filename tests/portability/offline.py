@@ -27,6 +27,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 # Opt-in shared memory per block, in bytes.
 TARGETS = {
@@ -85,12 +86,15 @@ def _record(kernel: JITFunction, kwargs: dict[str, Any]) -> Recorded:
             divisible.append(index)
         elif isinstance(value, float):
             signature.append((parameter.name, "fp32"))
-        elif value == 1:
+        elif isinstance(value, TensorDescriptor):
+            tile = ", ".join(map(str, value.block_shape))
+            signature.append((parameter.name, f"tensordesc<{_TYPES[value.base.dtype]}[{tile}]>"))
+        elif value == 1 and not parameter.do_not_specialize:
             signature.append((parameter.name, "constexpr"))
             constexprs.append((parameter.name, 1))
         else:
             signature.append((parameter.name, "i64" if abs(value) >= 2**31 else "i32"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(index)
     options = tuple((name, kwargs[name]) for name in _OPTIONS if name in kwargs)
     return Recorded(kernel, tuple(signature), tuple(constexprs), tuple(divisible), options)
