@@ -94,9 +94,9 @@ def _attend(
 
 @jit
 def _store(acc, peak, total, some, exists, out_ptrs, lse_ptrs):
-    """`some`: which rows have keys; `exists`: which rows there are."""
+    """`some`: which rows have keys, and others an `acc` of zeros; `exists`: which rows there are."""
     total = tl.where(some, total, 1.0)
-    out = tl.where(some[:, None], acc / total[:, None], 0.0)
+    out = acc * (1.0 / total)[:, None]
     tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=exists[:, None])
     tl.store(lse_ptrs, tl.where(some, peak + tl.log2(total), 0.0), mask=exists)
 
@@ -129,9 +129,6 @@ def _attention_fwd_kernel(
     positions, members, exists, lo, hi = row_tile(
         lo_ptr + batch * seq_len, hi_ptr + batch * seq_len, tile * BLOCK_M, 0, seq_len, GROUP, BLOCK_M
     )
-    first, end = key_bounds(lo, hi, NO_KEY)
-    first = first // BLOCK_N * BLOCK_N
-    full, partial = full_bounds(lo, hi, exists, first, end, NO_KEY, BLOCK_N)
     # The tile's rows in [batch, seq_len, heads], from a first one on.
     if BLOCK_M % GROUP == 0:
         # Constant distances take no registers through the loops: see `row_offsets`.
@@ -143,6 +140,9 @@ def _attention_fwd_kernel(
     dims = tl.arange(0, HEAD_DIM)[None, :]
     places = rows[:, None] * HEAD_DIM + dims
     q = tl.load(q_ptr + start * HEAD_DIM + places, mask=exists[:, None], other=0.0)
+    first, end = key_bounds(lo, hi, NO_KEY)
+    first = first // BLOCK_N * BLOCK_N
+    full, partial = full_bounds(lo, hi, exists, first, end, NO_KEY, BLOCK_N)
     keys = batch * seq_len * KEY_STRIDE + head * HEAD_DIM + (tl.arange(0, BLOCK_N) * KEY_STRIDE)[:, None] + dims
     k_ptrs, v_ptrs = k_ptr + keys, v_ptr + keys
     batch_row = tl.program_id(2) * seq_len

@@ -125,8 +125,8 @@ def in_bands(program, n_rows, n_columns, BAND: tl.constexpr):
 
 @jit
 def all_finite(x):
-    """Whether a tile holds neither NaN nor infinity, as one number."""
-    return tl.min(tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=1), axis=0) == 1
+    """Whether a tile of float32 holds neither NaN nor infinity, as one number; False also where its sum overflows."""
+    return tl.abs(tl.sum(tl.sum(x, axis=1), axis=0)) < float("inf")
 
 
 @jit
