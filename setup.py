@@ -27,6 +27,7 @@ setup(
         "triton>=3.4; platform_system == 'Linux'",
         "transformers>=5.15,<5.24",
         "peft>=0.21",
+        "psutil>=5.9",
         "rich>=13",
         "typer>=0.12",
     ],

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastgemma.kernels.workspace import workspace_bytes
-from fastgemma.patches.engine import Engine, PatchError
+from fastgemma.patches.engine import Engine, Op, PatchError
 from fastgemma.report import PatchReport, summarise
 
 # Feature -> (default, what it may be set to).
@@ -137,9 +137,20 @@ def patched(*, strict: bool = False, **features: bool | str) -> Iterator[PatchRe
             _apply(previous)
 
 
+def settings() -> dict[str, bool | str]:
+    """What each feature is set to; all False where nothing is patched."""
+    with _lock:
+        return dict(_settings)
+
+
+def engine_ops() -> list[Op]:
+    """Every feature at every place of the table, with its counters."""
+    return _engine().ops
+
+
 def status() -> PatchReport:
     """The state of every feature, with how often its fast path ran and why it did not where it did not."""
-    ops = _engine().ops
+    ops = engine_ops()
     return PatchReport(
         {name: summarise([op for op in ops if op.feature == name]) for name in FEATURES}, workspace_bytes()
     )

@@ -78,6 +78,7 @@ def make_projection(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             or torch._C._are_functorch_transforms_active()
         ):
             return projected
+        op.fast()
         return _PerLayerInputs.of(projected)
 
     return project_per_layer_inputs
