@@ -1,13 +1,15 @@
 # `make test` and `make demo` need nothing but Python 3.10+ and make: each keeps a virtual environment of its own.
 # `make test-fast` leaves out what takes long. PYTHON chooses the interpreter that builds the environments.
+# `make gate` compiles every launch for cards that are not there; `make gate-all` does so with every Triton below.
 PYTHON ?= python3
 TEST_ENV := .venv/test
 DEMO_ENV := .venv/demo
 # Without an NVIDIA driver the CPU build of torch will do, and spares gigabytes.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+TRITONS := 3.4.0 3.5.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 PYTEST := OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest
 
-.PHONY: demo test test-fast bench report lint clean
+.PHONY: demo test test-fast gate gate-all bench report lint clean
 
 demo: $(DEMO_ENV)/.installed
 	$(DEMO_ENV)/bin/python -m fastgemma demo --output demo_output
@@ -17,6 +19,14 @@ test: $(TEST_ENV)/.installed
 
 test-fast: $(TEST_ENV)/.installed
 	$(PYTEST) -n 2 -m "not slow"
+
+gate: $(TEST_ENV)/.installed
+	PYTHONPATH=. $(TEST_ENV)/bin/python tests/portability/gate.py
+
+gate-all: $(TRITONS:%=.venv/gate-%/.installed)
+	status=0; for version in $(TRITONS); do \
+		PYTHONPATH=. .venv/gate-$$version/bin/python tests/portability/gate.py || status=1; \
+	done; exit $$status
 
 bench: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/python -m pip install --quiet -e ".[bench]"
@@ -33,7 +43,15 @@ lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info demo_output
+	rm -rf .venv .gate_cache build dist *.egg-info demo_output
+
+# A Triton of its own; everything else is the test environment's, which comes later in Python's path.
+.venv/gate-%/.installed: $(TEST_ENV)/.installed
+	$(TEST_ENV)/bin/python -m venv .venv/gate-$*
+	.venv/gate-$*/bin/python -m pip install --quiet --no-deps triton==$*
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(abspath $(TEST_ENV))/bin/python -c "$$purelib" > "$$(.venv/gate-$*/bin/python -c "$$purelib")/test.pth"
+	touch $@
 
 %/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $*

@@ -51,12 +51,20 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("rms_norm", "any", "interpreter"): Launch({"BLOCK_M": 64}),
     # Heads of 256 or 512: a tile of tokens by one head.
     ("qk_norm_rope", "256", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
-    ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 2}, num_warps=4),
+    # 2 warps load 16 bytes a thread; sm_90 was timed with 4.
+    ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 2}, num_warps=2),
+    ("qk_norm_rope", "512", "sm_90"): Launch({"BLOCK_M": 2}, num_warps=4),
     ("qk_norm_rope", "any", "any"): Launch({"BLOCK_M": 16}, num_warps=4),
+    # A warp of 64 threads has twice the lanes to fill with 16 bytes each.
+    ("qk_norm_rope", "256", "gfx942"): Launch({"BLOCK_M": 8}, num_warps=2),
+    ("qk_norm_rope", "512", "gfx942"): Launch({"BLOCK_M": 4}, num_warps=2),
+    ("qk_norm_rope", "any", "gfx942"): Launch({"BLOCK_M": 16}, num_warps=2),
     ("qk_norm_rope", "any", "interpreter"): Launch({"BLOCK_M": 64}),
     # Elementwise tiles.
     ("geglu", "any", "any"): Launch({"BLOCK_M": 1, "BLOCK_N": 1024}, num_warps=4),
     ("geglu", "256", "any"): Launch({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=4),
+    ("geglu", "any", "gfx942"): Launch({"BLOCK_M": 1, "BLOCK_N": 1024}, num_warps=2),
+    ("geglu", "256", "gfx942"): Launch({"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=2),
     ("geglu", "any", "interpreter"): Launch({"BLOCK_M": 64, "BLOCK_N": 1024}),
     ("dequantize_nf4", "any", "any"): Launch({"BLOCK": 512}, num_warps=4),
     ("dequantize_nf4", "any", "interpreter"): Launch({"BLOCK": 1 << 14}),
@@ -65,7 +73,9 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     # Rows are (position, head of a group) pairs; shape classes are head_dim, "any" for float32. BLOCK_D and DIMS are
     # pieces of a head, at most. BLOCK_M of "ds" is a
     # multiple of the others' and of the BLOCK_K of "dkdv", its BLOCK_N one of every other BLOCK_N and BLOCK_K.
-    ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
+    # Of 4 warps, which sm_90 keeps, "fwd" and "ds" for any shape would spill on smaller cards.
+    ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8),
+    ("attention_fwd", "any", "sm_90"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
     ("attention_fwd", "256", "any"): Launch({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
     ("attention_fwd", "256", "sm_100"): Launch({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=8, num_stages=3),
     ("attention_fwd", "256", "sm_90"): Launch(
@@ -88,7 +98,8 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("attention_output", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
     ("attention_delta", "any", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
     ("attention_delta", "any", "interpreter"): Launch({"BLOCK_M": 256}),
-    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
+    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8),
+    ("attention_ds", "any", "sm_90"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
     ("attention_ds", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_D": 512}),
     ("attention_dq", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
     ("attention_dq", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
@@ -114,9 +125,12 @@ TABLE: dict[tuple[str, str, str], Launch] = {
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The table's name of a device: "sm_90" and the like, or "interpreter"."""
+    """The table's name of a device: "sm_90", "gfx942" and the like, or "interpreter"."""
     if device.type != "cuda" or interpreting():
         return "interpreter"
+    if torch.version.hip is not None:
+        # What follows the first colon are features: "gfx942:sramecc+:xnack-".
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 

@@ -1,240 +1,187 @@
-"""Compiles the launches that operations make, for GPUs that are not there.
+"""Compiles recorded launches for GPUs that are not there, and reads from the result what they need.
 
-    python tests/portability/offline.py [--targets sm_89,sm_90]
-
-Operations run on CPU tensors with every launch recorded instead of executed; each recorded launch is then compiled
-for each target with the compiler that Triton's wheel carries. Prints one JSON line per (kernel, target): shared
-memory, registers, stack bytes.
+Triton's wheel carries the compilers. Results are kept in a directory, under a hash of everything that they follow from:
+the kernel's source and that of the functions it calls, types, constexprs, options, target, Triton, and this file.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.pop("TRITON_INTERPRET", None)
+from launches import Recorded, torch
+from triton import __version__ as TRITON
+from triton import backends
+from triton import compile as triton_compile
+from triton.backends.amd.compiler import HIPBackend
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
-
-# Opt-in shared memory per block, in bytes.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
-    "sm_86": (GPUTarget("cuda", 86, 32), 101_376),
-    "sm_89": (GPUTarget("cuda", 89, 32), 101_376),
-    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
-    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
-    "sm_120": (GPUTarget("cuda", 120, 32), 101_376),
-}
-# Bytes of stack that a launch may take where it was timed and beats those that take none.
-_SPILLS = {
-    ("_attention_fwd_kernel", "sm_90"): 512,
-    ("_attention_output_kernel", "sm_90"): 384,
-    ("_attention_ds_kernel", "sm_90"): 64,
-    ("_attention_dq_kernel", "sm_90"): 128,
-}
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
-_VECTOR_ACCESS = r"ld\.global\S*\.(v[24]|b128)|cp\.async\.cg\.shared\.global.*, (16|0x10)\b"
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+# What users get; Triton 3.9 warns where it is left out.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One launch: a kernel, the types of its arguments, its constexprs and compiler options."""
+class Target:
+    """A card: what Triton calls it, its shared memory per block in bytes, and what runs on it."""
 
-    kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constexprs: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__
+    gpu: GPUTarget
+    shared_limit: int
+    dtype: torch.dtype = torch.bfloat16
+    matmuls: bool = True
 
 
-def _record(kernel: JITFunction, kwargs: dict[str, Any]) -> Recorded:
-    signature, constexprs, divisible = [], [], []
-    for index, parameter in enumerate(kernel.params):
-        value = kwargs[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature.append((parameter.name, "constexpr"))
-            constexprs.append((parameter.name, value))
-        elif isinstance(value, torch.Tensor):
-            signature.append((parameter.name, f"*{_TYPES[value.dtype]}"))
-            divisible.append(index)
-        elif isinstance(value, float):
-            signature.append((parameter.name, "fp32"))
-        elif isinstance(value, TensorDescriptor):
-            tile = ", ".join(map(str, value.block_shape))
-            signature.append((parameter.name, f"tensordesc<{_TYPES[value.base.dtype]}[{tile}]>"))
-        elif value == 1 and not parameter.do_not_specialize:
-            signature.append((parameter.name, "constexpr"))
-            constexprs.append((parameter.name, 1))
-        else:
-            signature.append((parameter.name, "i64" if abs(value) >= 2**31 else "i32"))
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                divisible.append(index)
-    options = tuple((name, kwargs[name]) for name in _OPTIONS if name in kwargs)
-    return Recorded(kernel, tuple(signature), tuple(constexprs), tuple(divisible), options)
+TARGETS = {
+    # Triton has no tensor cores there: attention stays stock.
+    "sm_75": Target(GPUTarget("cuda", 75, 32), 65_536, torch.float16, matmuls=False),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 101_376),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 101_376),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 101_376),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536),
+}
+
+# 16 bytes a thread and instruction: loads to registers or to shared memory, and tensors copied as a whole.
+_WIDE_LOAD = {
+    "cuda": r"ld\.global\S*\.(v4\.[bfsu]32|v8\.[bfsu]32|v[24]\.[bfsu]64|b128)|"
+    r"cp\.async\.cg\.shared\.global.*, (16|0x10)\b|cp\.async\.bulk",
+    "hip": r"(global|buffer)_load_(lds_)?dwordx4",
+}
+_WIDE_STORE = {
+    "cuda": r"st\.global\S*\.(v4\.[bfsu]32|v8\.[bfsu]32|v[24]\.[bfsu]64|b128)|cp\.async\.bulk",
+    "hip": r"(global|buffer)_store_dwordx4",
+}
+_TENSOR_CORE = {"cuda": r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", "hip": r"\bv_s?mfmac?_"}
 
 
-def record(run: Any, architecture: str = "any") -> list[Recorded]:
-    """The distinct launches that `run()` makes with the rows that `architecture` would get."""
-    from fastgemma.kernels import launch
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch needs on a target, or why it does not compile.
 
-    launches: dict[Recorded, None] = {}
+    `spills`: bytes of memory a thread keeps registers in (CUDA: its stack), or spilled registers (AMD).
+    `matmul`: it multiplies matrices, and reads numbers of 16 bits. `tensor_core`: it does so on tensor cores alone.
+    """
 
-    def capture(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
-        if args:
-            kwargs = {**dict(zip(self.arg_names, args)), **kwargs}
-        launches[_record(self, kwargs)] = None
-
-    launch.launch.cache_clear()
-    with (
-        mock.patch.object(JITFunction, "run", capture),
-        mock.patch("fastgemma.kernels.backend.interpreting", lambda: True),
-        mock.patch("fastgemma.kernels.launch.architecture", lambda device: architecture),
-    ):
-        run()
-    launch.launch.cache_clear()
-    return list(launches)
+    kernel: str
+    target: str
+    constexprs: dict[str, Any]
+    warps: int = 0
+    shared: int = 0
+    registers: int = 0
+    spills: int = 0
+    matmul: bool = False
+    tensor_core: bool = False
+    wide_load: bool = False
+    wide_store: bool = False
+    error: str | None = None
 
 
-def compile_for(recorded: Recorded, target: str) -> dict[str, Any]:
-    """Resources of one launch on one target; raises whatever the compiler raises."""
+def compile_launch(recorded: Recorded, target: str) -> Compiled:
+    """Compiles one launch for one target; a compiler that raises gives a result with its error."""
+    result = Compiled(recorded.name, target, dict(recorded.constexprs))
+    kernel = recorded.kernel
     source = ASTSource(
-        fn=recorded.kernel,
+        fn=kernel,
         signature=dict(recorded.signature),
         constexprs=dict(recorded.constexprs),
-        attrs={(index,): [["tt.divisibility", 16]] for index in recorded.divisible},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in recorded.divisible},
     )
-    compiled = triton.compile(source, target=TARGETS[target][0], options=dict(recorded.options))
-    registers, stack = _resources(compiled.asm["cubin"])
-    return {
-        "kernel": recorded.name,
-        "target": target,
-        "constexprs": {k: v for k, v in recorded.constexprs if not isinstance(v, torch.Tensor)},
-        "warps": compiled.metadata.num_warps,
-        "shared": compiled.metadata.shared,
-        "shared_limit": TARGETS[target][1],
-        "registers": registers,
-        "stack": stack,
-        "stack_limit": _SPILLS.get((recorded.name, target), 0),
-        "vector_access": bool(re.search(_VECTOR_ACCESS, compiled.asm["ptx"])),
-    }
+    gpu = TARGETS[target].gpu
+    try:
+        # AMD's assembly says all; Triton 3.4 would link it, and ask for the version of a linker that it lacks.
+        with mock.patch.multiple(HIPBackend, make_hsaco=lambda *_: b"", hash=lambda _: ""):
+            compiled = triton_compile(source, target=gpu, options=dict(recorded.options))
+    except Exception as error:
+        return replace(result, error=traceback.format_exception_only(error)[-1].strip()[:500])
+    assembly = compiled.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
+    read = _of_cubin(compiled.asm["cubin"]) if gpu.backend == "cuda" else _of_amdgcn(assembly)
+    registers, spills = read
+    # The types that the products' factors have, in Triton's first representation.
+    factors = re.findall(r"tt\.dot\b.* : tensor<[\dx]+x(\w+)> \*", compiled.asm["ttir"])
+    return replace(
+        result,
+        warps=compiled.metadata.num_warps,
+        shared=compiled.metadata.shared,
+        registers=registers,
+        spills=spills,
+        matmul=bool(factors) and recorded.reads_16_bits,
+        tensor_core="f32" not in factors and bool(re.search(_TENSOR_CORE[gpu.backend], assembly)),
+        wide_load=bool(re.search(_WIDE_LOAD[gpu.backend], assembly)),
+        wide_store=bool(re.search(_WIDE_STORE[gpu.backend], assembly)),
+    )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack that instructions touch) of a thread."""
+    tool = str(Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert match is not None, text
-    return int(match[1]), int(match[2])
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+        assert match is not None, usage.stdout
+        registers, stack = int(match[1]), int(match[2])
+        if stack:
+            # The compiler reserves a few bytes for some functions, and never touches them.
+            code = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True)
+            stack = stack if re.search(r"\b(STL|LDL)\b", code.stdout) else 0
+    return registers, stack
 
 
-def operations(dtype: torch.dtype = torch.bfloat16) -> None:
-    """Every operation once, forward and backward, on the published shapes with few tokens."""
-    from fastgemma.kernels.adapter_columns import Block, block_diagonal
-    from fastgemma.kernels.attention import attention
-    from fastgemma.kernels.geglu import geglu
-    from fastgemma.kernels.key_intervals import key_intervals
-    from fastgemma.kernels.linear_cross_entropy import linear_cross_entropy
-    from fastgemma.kernels.nf4 import NestedScales, NF4Weight, dequantize_nf4, dequantize_nf4_stack
-    from fastgemma.kernels.qk_norm_rope import qk_norm_rope
-    from fastgemma.kernels.rms_norm import rms_norm, rms_norm_residual
-
-    def rand(*shape: int, grad: bool = True) -> torch.Tensor:
-        return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
-
-    for hidden in (256, 512, 1536, 2560, 2816, 3840, 5376):
-        for trained in (False, True):
-            x, weight = rand(2, 16, hidden), rand(hidden, grad=trained)
-            rms_norm(x, weight).sum().backward()
-            rms_norm(x, None).sum().backward()
-            rms_norm_residual(x, weight, rand(2, 16, hidden), rand(1, grad=False)).sum().backward()
-    for heads, kv_heads, head_dim, rotary, values_from_keys in (
-        (8, 1, 256, 256, False),
-        (8, 0, 256, 256, False),
-        (8, 1, 512, 128, False),
-        (8, 0, 512, 128, False),
-        (32, 4, 512, 128, True),
-    ):
-        for trained in (False, True):
-            k = rand(2, 16, kv_heads * head_dim) if kv_heads else None
-            v = rand(2, 16, kv_heads * head_dim) if kv_heads and not values_from_keys else None
-            angle, weight = rand(1, 16, head_dim, grad=False), rand(head_dim, grad=trained)
-            outs = qk_norm_rope(
-                rand(2, 16, heads * head_dim), k, v, angle, angle, weight, weight if kv_heads else None, head_dim,
-                rotary, values_from_keys,
-            )  # fmt: skip
-            sum(out.sum() for out in outs if out is not None).backward()
-    for columns in (256, 6144, 12288):
-        geglu(rand(2, 16, columns), rand(2, 16, columns)).sum().backward()
-    for nested in (False, True):
-        scales = NestedScales(torch.ones(1), torch.ones(256), torch.zeros(()), 256) if nested else None
-        absmax = torch.ones(64, dtype=torch.uint8 if nested else torch.float32)
-        packed = torch.zeros(2048, 1, dtype=torch.uint8)
-        weight = NF4Weight(packed, absmax, torch.ones(16), torch.Size((64, 64)), dtype, 64, scales)
-        dequantize_nf4(weight)
-        dequantize_nf4_stack([weight, weight, weight], dtype)
-        wider = torch.empty(192, 64 + 48, dtype=dtype)
-        dequantize_nf4(weight, wider[:64, :64])
-        dequantize_nf4_stack([weight, weight, weight], dtype, wider[:, :64])
-    blocks = [Block(rand(64, 16, grad=False), 64 * number, 64, 16 * number) for number in range(3)]
-    for count in (2, 3):
-        block_diagonal(blocks[:count], torch.empty(64 * count, 64 + 16 * count, dtype=dtype)[:, 64:])
-    for heads, kv_heads, head_dim, window in (
-        (8, 1, 256, 512),
-        (16, 8, 256, 1024),
-        (8, 1, 512, None),
-        (32, 4, 512, None),
-    ):
-        q, k, v = (rand(2, 16, count, head_dim) for count in (heads, kv_heads, kv_heads))
-        attention(q, k, v, key_intervals(2, 16, q.device, window)).sum().backward()
-    labels = torch.zeros(16, dtype=torch.int64)
-    head = torch.zeros(262144, 8, dtype=dtype)
-    linear_cross_entropy(rand(16, 8), head, labels, softcap=30.0).backward()
-    linear_cross_entropy(rand(16, 8, grad=False), head, labels, softcap=30.0)
+def _of_amdgcn(assembly: str) -> tuple[int, int]:
+    """(vector registers, spilled registers of both kinds) of a thread."""
+    counts = dict(re.findall(r"\.(vgpr_count|[vs]gpr_spill_count):\s+(\d+)", assembly))
+    return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"]) + int(counts["sgpr_spill_count"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--targets", default=",".join(TARGETS))
-    arguments = parser.parse_args()
-    bad = 0
-    for target in arguments.targets.split(","):
-        for recorded in record(operations, target):
-            result = compile_for(recorded, target)
-            fine = result["stack"] <= result["stack_limit"] and result["shared"] <= result["shared_limit"]
-            bad += not fine
-            print(json.dumps({**result, "ok": fine}), flush=True)
-    sys.exit(bool(bad))
+def compile_all(jobs: Iterable[tuple[Recorded, str]], cache: Path, workers: int) -> Iterator[Compiled]:
+    """The result of every (launch, target), from the cache where it has one, else from worker processes."""
+    cache.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for recorded, target in jobs:
+        file = cache / f"{_key(recorded, target)}.json"
+        if file.exists():
+            yield Compiled(**json.loads(file.read_text()))
+        else:
+            missing.append((recorded, target, file))
+    if not missing:
+        return
+    # Triton's own cache is the user's, who has no use for other cards' kernels.
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(workers, None, _start, (scratch,)) as pool:
+        futures = {pool.submit(compile_launch, recorded, target): file for recorded, target, file in missing}
+        for future in as_completed(futures):
+            result = future.result()
+            # An error may be the machine's: try again the next time.
+            if result.error is None:
+                _write(futures[future], json.dumps(asdict(result)))
+            yield result
 
 
-if __name__ == "__main__":
-    main()
+def _start(scratch: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = scratch
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(text)
+    part.replace(file)
+
+
+def _key(recorded: Recorded, target: str) -> str:
+    """A hash of what the result follows from."""
+    parts = [TRITON, Path(__file__).read_text(), recorded.kernel.cache_key, target, recorded.name]
+    parts += [recorded.signature, recorded.constexprs, sorted(recorded.divisible), recorded.options]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
