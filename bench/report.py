@@ -156,6 +156,25 @@ def train_step(found: list[Record]) -> str:
     return _by_gpu(chosen, body)
 
 
+def first_step(found: list[Record]) -> str:
+    """The first step, compiling included, with nothing in the compilers' caches."""
+    chosen = sorted((record for record in found if record.get("bench") == "first_step"), key=_order)
+
+    def body(group: list[Record]) -> str:
+        rows = [
+            [
+                f"{_subject(record)}, {record['batch']} x {record['seq_len']}{_remarks(record)}",
+                _IMPLEMENTATIONS.get(record["impl"], record["impl"]),
+                _number(record["first_step_s"], 1),
+                _number(record.get("cpus")),
+            ]
+            for record in group
+        ]
+        return _table(["First step, nothing compiled", "Implementation", "s", "CPU cores"], rows)
+
+    return _by_gpu(chosen, body)
+
+
 def fit(found: list[Record]) -> str:
     """Whether stock TRL scripts finish under the cap."""
     chosen = sorted((record for record in found if record.get("bench") == "fit"), key=_order)
@@ -262,6 +281,7 @@ def predicted(found: list[Record]) -> str:
 
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     "train_step": train_step,
+    "first_step": first_step,
     "fit": fit,
     "memory": memory,
     "kernels": kernels,

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0, help="LoRA dropout")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them, at least one")
     parser.add_argument("--seed", type=int, default=0)
     towers = parser.add_mutually_exclusive_group()
     towers.add_argument("--towers", dest="towers", action="store_true", help="with vision and audio towers loaded")
@@ -63,6 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, as Trainer's bf16=True")
     parser.add_argument("--cap-gib", type=float, help="limit this process's GPU memory, loading included")
     parser.add_argument("--without", action="append", default=[], metavar="FEATURE", help="leave a feature out; repeat")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="start with nothing compiled; recorded in first_step.json",
+    )
     parser.add_argument("--profile", action="store_true", help="profile two more steps into train_step_profile.json")
     parser.add_argument("--checkpoint", type=Path, help="directory of the random checkpoint, made if missing")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<gpu>/train_step.json)")
@@ -257,7 +263,8 @@ def measure(arguments: argparse.Namespace, checkpoint: Path, device: torch.devic
         losses.append(loss.detach())
         return 1000 * elapsed
 
-    for _ in range(arguments.warmup):
+    record["first_step_s"] = round(step() / 1000, 2)
+    for _ in range(arguments.warmup - 1):
         step()
     times = [step() for _ in range(arguments.steps)]
     record |= records.peaks("stepping_")
@@ -280,10 +287,18 @@ def measure(arguments: argparse.Namespace, checkpoint: Path, device: torch.devic
     del record["stage"]
 
 
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Triton and torch.compile look for compiled code in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
+
+
 def main() -> None:
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = "train_step_profile" if arguments.profile else "train_step"
+    bench = "first_step" if arguments.cold else "train_step_profile" if arguments.profile else "train_step"
     checkpoint = arguments.checkpoint or models.default_checkpoint_dir(
         arguments.model, towers=arguments.towers, tiny=arguments.tiny, seed=arguments.seed
     )
@@ -312,6 +327,7 @@ def main() -> None:
         "autocast": arguments.autocast,
         "cap_gib": arguments.cap_gib,
         "without": sorted(arguments.without) or None,
+        "cpus": len(os.sched_getaffinity(0)),
         "step_ms": None,
         "loss": None,
         "finished": False,
@@ -321,7 +337,8 @@ def main() -> None:
     if arguments.impl == "liger":
         record["liger_kernel"] = records.package_version("liger-kernel")
     try:
-        measure(arguments, checkpoint, device, record)
+        with _nothing_compiled() if arguments.cold else nullcontext():
+            measure(arguments, checkpoint, device, record)
     except RuntimeError as error:
         # Not fitting is a result, and under a cap it is the one that was asked for. The loader may report a refused
         # allocation as an error of its own.
