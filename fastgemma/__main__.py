@@ -56,7 +56,7 @@ def verify(
 ) -> None:
     """Compare stock and patched loss, logits and gradients of a local model, feature by feature.
 
-    Exit status: 0 exact, 1 not, 2 could not be run.
+    Exit status: 0 exact, 1 not, 2 could not be run, or no verdict.
     """
     import fastgemma
     from fastgemma.verification.load import Request, load
@@ -74,7 +74,7 @@ def verify(
         Console(stderr=True).print_exception()
         raise typer.Exit(2) from None
     Console().print(str(report), markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(0 if report.ok else 1)
+    raise typer.Exit(0 if report.ok else 1 if report.conclusive else 2)
 
 
 @app.command("demo-stage", hidden=True)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.attention_backward import attention_bwd
 from fastgemma.kernels.attention_forward import attention_fwd
-from fastgemma.kernels.backend import check_dtype, compiling_ahead, runs_kernel
+from fastgemma.kernels.backend import check_dtype, compiling_ahead, runs_kernel, triton
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 
 
@@ -80,6 +80,18 @@ def attention(
     if not runs_kernel(q, k, v, intervals.lo):
         return attention_reference(q, k, v, intervals, scale)
     return _Attention.apply(q, k, v, intervals, scale)
+
+
+@functools.cache
+def attention_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this CUDA device, or None."""
+    major, _ = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return "a GPU before Ampere: Triton has no tensor cores there"
+    version = triton.__version__.split(".")
+    if major == 10 and version[:2] in (["3", "6"], ["3", "7"]):
+        return f"Triton {triton.__version__} cannot compile attention for B200; 3.8 can"
+    return None
 
 
 @functools.cache

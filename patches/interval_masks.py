@@ -14,7 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastgemma.kernels.attention import compile_attention_ahead
+from fastgemma.kernels.attention import attention_problem, compile_attention_ahead
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.patches.host_copies import host_copy
@@ -145,8 +145,9 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         raise Unsupported("no gpu")
     if device.type == "cuda" and not interpreting():
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise Unsupported("a GPU before Ampere: Triton has no tensor cores there")
+        problem = attention_problem(device)
+        if problem is not None:
+            raise Unsupported(problem)
         dtype = _dtype(model)
         if dtype not in (torch.bfloat16, torch.float16):
             raise Unsupported(f"{dtype}")

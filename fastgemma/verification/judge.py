@@ -17,7 +17,9 @@ at a time, each exact to 1e-5 in float32, the error was 0.7 to 1.9 times stock's
 - the loss, one number in which roundings may cancel, may be off by 1.5 times the sum of stock's error and stock's
   root-mean-square error of a logit: that is the size of one token's error.
 
-So in 16 bits an error is found if it is larger than stock's rounding; in float32, if it is 1e-5.
+So in 16 bits an error is found if it is larger than stock's rounding; in float32, if it is 1e-5. Where stock's own
+logits or gradients are off by half of their norm or more, as with random weights of full depth, any result would pass:
+then there is no verdict.
 
 Where the float32 model does not fit, the reference is stock, and the measure is how far stock's other attention
 implementation is from it: at most 2 times that for the logits, 4 times for all gradients, 6 times for a single one, 3
@@ -39,6 +41,8 @@ from fastgemma.verification.measure import LOGITS, LOSS, Distance, Result, dista
 # All gradients as one vector, in a report.
 GRADIENT = "gradient"
 FLOAT32_LIMIT = 1e-5
+# Two results that have nothing in common are sqrt(2) of their norm apart.
+_BLUNT = 0.5
 # What a report says of each rule: exact in float32, against the truth, against stock.
 RULES = {
     "float32": (
@@ -116,6 +120,12 @@ class Yardstick:
     logits: Factors  # also for the loss
     whole: Factors  # for all gradients as one vector, whose largest error says nothing
     single: Factors  # for one gradient
+
+    @property
+    def blunt(self) -> bool:
+        """Whether stock's own results are so far from the reference that any result would pass."""
+        distances = [each for noise in self.noise for each in (noise[LOGITS], _all_gradients(noise))]
+        return any(each.relative > _BLUNT for each in distances)
 
     def judge(self, result: Result) -> dict[str, TensorErrors]:
         """Errors by name: "loss", "logits", "gradient" (all as one vector), then every trainable parameter's."""

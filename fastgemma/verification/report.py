@@ -17,9 +17,10 @@ _WORST = 8
 class FeatureVerdict:
     """One feature alone; or all together.
 
-    `verdict` is "exact" (within the limits), "wrong", "refused" (it raised instead of computing), "did not run" (every
-    call took the original code), "not exercised" (nothing of it shows in one step), "off" (in the user's settings), or,
-    for `fixes`, "changes numbers" or "did not act".
+    `verdict` is "exact" (within the limits), "wrong", "inconclusive" (within limits that anything would be in: stock
+    itself is that inexact on this batch), "refused" (it raised instead of computing), "did not run" (every call took
+    the original code), "not exercised" (nothing of it shows in one step), "off" (in the user's settings), or, for
+    `fixes`, "changes numbers" or "did not act".
     """
 
     verdict: str
@@ -30,7 +31,7 @@ class FeatureVerdict:
 
     @property
     def ok(self) -> bool:
-        return self.verdict not in ("wrong", "refused")
+        return self.verdict not in ("wrong", "refused", "inconclusive")
 
     @property
     def worst(self) -> str | None:
@@ -56,8 +57,16 @@ class VerifyReport(Mapping[str, TensorErrors]):
     @property
     def ok(self) -> bool:
         """Whether every feature that ran was exact, alone and together."""
-        verdicts = [*self.features.values(), self.together, *([self.with_dropout] if self.with_dropout else [])]
-        return all(verdict.ok for verdict in verdicts)
+        return all(verdict.ok for verdict in self._verdicts())
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether stock itself is exact enough on this batch for a verdict, or something is wrong nevertheless."""
+        verdicts = self._verdicts()
+        return any(each.verdict in ("wrong", "refused") for each in verdicts) or all(each.ok for each in verdicts)
+
+    def _verdicts(self) -> list[FeatureVerdict]:
+        return [*self.features.values(), self.together, *([self.with_dropout] if self.with_dropout else [])]
 
     @property
     def worst(self) -> dict[str, TensorErrors]:
@@ -112,7 +121,13 @@ class VerifyReport(Mapping[str, TensorErrors]):
     def _summary(self) -> str:
         if self.ok:
             return "Verdict: exact. On this batch the patched model trains as stock does."
-        blamed = [name for name, verdict in self.features.items() if not verdict.ok]
+        if not self.conclusive:
+            return (
+                "Verdict: none. Stock's own 16-bit result is too far from its reference on this batch to measure "
+                "anything by, as with weights that were never trained. Load the model in float32 for a verdict, or "
+                "pass another batch."
+            )
+        blamed = [name for name, verdict in self.features.items() if verdict.verdict in ("wrong", "refused")]
         if not blamed and self.together.ok:
             return (
                 "Verdict: not exact with dropout. Training with lora_dropout would not be stock's: its masks differ, "

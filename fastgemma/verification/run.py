@@ -167,7 +167,7 @@ class _Verifier:
                 fixed = self._run(fixes)
                 yardstick, from_truth = self._yardstick(fixed, fixes, [])
             together, result = self._judged(self.settings, yardstick, list(api.FEATURES))
-        if not together.fast_calls and together.ok:
+        if not together.fast_calls and together.verdict in ("exact", "inconclusive"):
             raise VerifyError(
                 "fastgemma: none of its code ran in a training step of this model, so there is nothing to compare. "
                 f"Why: {'; '.join(together.fallbacks) or 'every feature is off'}."
@@ -264,7 +264,7 @@ class _Verifier:
                 note = "on purpose: stock is wrong on this batch"
                 return FeatureVerdict("changes numbers", verdict.fast_calls, note=note)
             return FeatureVerdict("did not act")
-        if not verdict.fast_calls and verdict.ok:
+        if not verdict.fast_calls and verdict.verdict in ("exact", "inconclusive"):
             note = "" if verdict.fallbacks else "nothing in this step goes through it"
             return FeatureVerdict("did not run", fallbacks=verdict.fallbacks, note=note)
         return verdict
@@ -287,8 +287,9 @@ class _Verifier:
                 if more:
                     fallbacks[reason] = fallbacks.get(reason, 0) + more
         tensors = yardstick.judge(result)
+        fine = "inconclusive" if yardstick.blunt else "exact"
         verdict = FeatureVerdict(
-            "exact" if all(errors.ok for errors in tensors.values()) else "wrong",
+            fine if all(errors.ok for errors in tensors.values()) else "wrong",
             sum(after[name].fast_calls - before[name].fast_calls for name in counted),
             fallbacks,
             tensors=tensors,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from kernel_checks import (
     same_bits,
 )
 
+from fastgemma.kernels import attention as attention_module
 from fastgemma.kernels import attention_backward, attention_forward, attention_wide, backend
 from fastgemma.kernels import launch as launch_module
-from fastgemma.kernels.attention import attention, attention_reference
+from fastgemma.kernels.attention import attention, attention_problem, attention_reference
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import Launch
 
@@ -325,3 +327,30 @@ def test_through_descriptors(
         assert same_bits(out[0], expected[0]) and out[0].isfinite().all()
         assert torch.equal(out[1].isnan(), expected[1].isnan()) and out[1, :1].isnan().all()
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "capability, version, problem",
+    [
+        ((7, 5), "3.9.0", "before Ampere"),
+        ((8, 0), "3.4.0", None),
+        ((10, 0), "3.5.1", None),
+        ((10, 0), "3.6.0", "3.8 can"),
+        ((10, 3), "3.7.1", "3.8 can"),
+        ((10, 0), "3.8.0", None),
+        ((12, 0), "3.6.0", None),
+    ],
+)
+def test_where_it_cannot_run(
+    capability: tuple[int, int], version: str, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_module, "triton", SimpleNamespace(__version__=version))
+    found = attention_problem.__wrapped__(torch.device("cuda", 0))
+    assert found is None if problem is None else problem in found
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_must_be_positive(scale: float, device: torch.device) -> None:
+    with pytest.raises(ValueError, match="give one above 0"):
+        attention(**make(1, 3, 1, 1, 16, device), intervals=key_intervals(1, 3, device), scale=scale)

@@ -38,6 +38,8 @@ SPILLS = {
     ("_attention_output_kernel", "sm_90"): 384,
     ("_attention_ds_kernel", "sm_90"): 64,
     ("_attention_dq_kernel", "sm_90"): 128,
+    # A few registers, with Triton 3.5 and 3.8.
+    ("_attention_dq_kernel", "sm_100"): 16,
     # Scalar registers, which go to lanes of vector registers, not to memory.
     ("_attention_fwd_kernel", "gfx942"): 8,
     ("_attention_output_kernel", "gfx942"): 16,
@@ -50,14 +52,14 @@ _MOSTLY_STORE = ("_dequantize_nf4_kernel", "_dequantize_nf4_stack_kernel")
 
 @dataclass(frozen=True)
 class Expected:
-    """A finding that is known: of launches of these kernels with this constexpr, on these targets.
+    """A finding that is known: of launches of these kernels on these targets, with this constexpr if one is named.
 
     `tritons`: the minor versions that it is limited to, if any.
     """
 
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
-    constexpr: tuple[str, int]
+    constexpr: tuple[str, int] | None
     finding: str
     reason: str
     tritons: tuple[str, ...] = ()
@@ -67,12 +69,11 @@ class Expected:
         return not self.tritons or TRITON.rpartition(".")[0] in self.tritons
 
     def covers(self, result: Compiled, finding: str) -> bool:
-        name, value = self.constexpr
         return (
             self.due
             and result.kernel in self.kernels
             and result.target in self.targets
-            and result.constexprs.get(name) == value
+            and (self.constexpr is None or result.constexprs.get(self.constexpr[0]) == self.constexpr[1])
             and finding.startswith(self.finding)
         )
 
@@ -91,6 +92,14 @@ EXPECTED = (
         ("HALF", 256),
         _NARROW,
         "8 bytes a thread, as it was timed",
+    ),
+    Expected(
+        tuple(f"_attention_{name}_kernel" for name in ("fwd", "output", "dq", "dkdv")),
+        ("sm_100",),
+        None,
+        "does not compile",
+        "a pass of these compilers fails; attention stays stock there (`attention_problem`)",
+        tritons=("3.6", "3.7"),
     ),
     Expected(
         ("_attention_ds_kernel",),

@@ -200,6 +200,18 @@ def test_fp16_is_judged_by_the_float32_model(device, monkeypatch):
     assert fastgemma.verify(model, batch()).features["geglu"].verdict == "wrong"
 
 
+def test_no_verdict_where_stock_is_as_inexact_as_anything(device, monkeypatch):
+    only("geglu")
+    monkeypatch.setattr(judge, "_BLUNT", 1e-6)
+    model = adapted(small()).half().to(device)
+    report = fastgemma.verify(model, batch())
+    assert report.features["geglu"].verdict == report.together.verdict == "inconclusive", report
+    assert not report.ok and not report.conclusive and "Verdict: none." in str(report)
+    monkeypatch.setattr(mlp, "geglu", lambda gate, up: torch.full_like(up, torch.nan))
+    report = fastgemma.verify(model, batch())
+    assert report.conclusive and not report.ok and "geglu=False" in str(report)
+
+
 def test_without_memory_for_the_truth_stock_is_the_reference(device, monkeypatch):
     only("geglu")
     monkeypatch.setattr(truth, "_free_bytes", lambda device: 1000)
