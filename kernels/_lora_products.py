@@ -101,12 +101,20 @@ class _Group(NamedTuple):
 class Projections:
     """Projections of one input: their outputs, and what their forward and backward share.
 
-    `autocast` is the dtype of an enclosing autocast region, else None; `masks` are those that the forward drew.
+    `autocast` is the dtype of an enclosing autocast region, else None; `masks` are those that the forward drew, and
+    `products` those with the A's that it kept: scaling * x A^T, side by side, [rows, sum of ranks].
     """
 
-    def __init__(self, projections: Sequence[Projection], autocast: torch.dtype | None, masks: Masks | None = None):
+    def __init__(
+        self,
+        projections: Sequence[Projection],
+        autocast: torch.dtype | None,
+        masks: Masks | None = None,
+        products: torch.Tensor | None = None,
+    ):
         self.projections = projections
         self.autocast = autocast
+        self.products = products
         self.masks: Masks = [None] * len(projections) if masks is None else masks
         together: list[int] = []
         members: list[list[int]] = []
@@ -133,9 +141,10 @@ class Projections:
         return any(p.dropout for p in self.projections if p.adapter is not None)
 
     def of_rows(self, rows: slice) -> Projections:
-        """The same with the masks of these rows alone."""
+        """The same with the masks and products of these rows alone."""
         masks = [None if mask is None else mask[rows] for mask in self.masks]
-        return Projections(self.projections, self.autocast, masks)
+        products = None if self.products is None else self.products[rows]
+        return Projections(self.projections, self.autocast, masks, products)
 
     def room(self, dtype: torch.dtype, gradient: bool = False) -> int:
         """How many columns behind an input of this dtype, or behind the gradient of all outputs side by side, let the
@@ -186,17 +195,20 @@ class Projections:
         return x if x.dtype == group.A.dtype else x.to(group.A.dtype)
 
     def forward(
-        self, x: torch.Tensor, joint: bool = False, room: torch.Tensor | None = None
+        self, x: torch.Tensor, joint: bool = False, room: torch.Tensor | None = None, keep_products: bool = False
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """(all outputs side by side, each of them) from x [rows, in_features]; `masks` then holds the masks drawn.
 
         The outputs are views of the first, [rows, sum of out_features], with `joint`; else the first means nothing.
-        `room` is the buffer that x begins, if it has room behind it; the outputs are then joint.
+        `room` is the buffer that x begins, if it has room behind it; the outputs are then joint, and `products` are
+        there if they are to be kept: of a wide x a second product would read more than they take.
         """
         cast = self._cast(x)
         widths = [p.weight.shape[0] for p in self.projections]
         if room is not None:
             whole = self._widened_product(x, room, widths)
+            if keep_products:
+                self.products = room[:, x.shape[1] : x.shape[1] + self._rank].contiguous()
             return whole, _parts(whole, widths, 1)
         if joint and self._all_nf4:
             whole = torch.mm(cast, dequantize_nf4_stack(self._stack, cast.dtype).t())
@@ -321,6 +333,9 @@ class Projections:
         whole = room[:, :end]
         return torch.mm(whole, weight) if dx is None else torch.addmm(dx, whole, weight, out=dx), dxas
 
+    def _products_of_groups(self, products: torch.Tensor) -> Sequence[torch.Tensor]:
+        return _parts(products, [group.A.shape[0] for group in self._groups], 1)
+
     def factor_gradients(
         self,
         dys: Sequence[torch.Tensor],
@@ -332,6 +347,7 @@ class Projections:
         weights: Masks = [None] * len(self.projections)
         As: Masks = [None] * len(self.projections)
         Bs: Masks = [None] * len(self.projections)
+        products = [None] * len(self._groups) if self.products is None else self._products_of_groups(self.products)
         for index, (projection, want) in enumerate(zip(self.projections, wanted)):
             if want.weight and isinstance(projection.weight, torch.Tensor):
                 weights[index] = torch.mm(dys[index].t(), self._cast(x)).to(projection.weight.dtype)
@@ -340,14 +356,16 @@ class Projections:
             wants_b = any(wanted[index].B for index in group.members)
             if not (wants_a or wants_b):
                 continue
-            source = self._source(x, group)
+            scaled_xa = products[number]
+            source = self._source(x, group) if wants_a or scaled_xa is None else x
             if wants_b:
-                xa = torch.mm(source, group.A.t())
+                xa = torch.mm(source, group.A.t()) if scaled_xa is None else scaled_xa
                 for index, part in zip(group.members, _parts(xa, group.ranks, 1)):
                     if wanted[index].B:
                         adapter, dy = self._adapter(index), dys[index]
                         dy = dy if dy.dtype == xa.dtype else dy.to(xa.dtype)
-                        Bs[index] = _scaled_mm(dy.t(), part, adapter.scaling).to(adapter.B.dtype)
+                        scaling = adapter.scaling if scaled_xa is None else 1.0
+                        Bs[index] = _scaled_mm(dy.t(), part, scaling).to(adapter.B.dtype)
             if wants_a:
                 dxa = dxas[number] if dxas else self._dxa(dys, group)
                 dA = torch.mm(dxa.t(), source)

@@ -3,7 +3,8 @@
     y = down(h),   h = gelu_tanh(gate(x)) * up(x)
 
 with the projections of `lora`. gate and up lie side by side in one buffer, so that one dequantised weight and one
-product make both, forward and backward. Saved: x, and gate and up; h is rebuilt in the backward, in the kernel that
+product make both, forward and backward. Saved: x, gate and up, and of h the few columns of its product with down's A,
+where that was part of a widened base product; h is rebuilt in the backward, in the kernel that
 makes their gradients, over the gradient of h that it has just read. Rows do not know of each other: where h and the
 gradients of gate and up would exceed `workspace_bytes()`, they are made for some rows at a time.
 
@@ -56,14 +57,22 @@ class MLP(NamedTuple):
     outer: Projections
 
     def rows(self, rows: slice) -> MLP:
-        """The same with the masks of these rows alone."""
+        """The same with the masks and products of these rows alone."""
         return MLP(*(bundle.of_rows(rows) for bundle in self))
 
     @classmethod
-    def of(cls, projections: Sequence[Projection], autocast: torch.dtype | None, masks: Masks | None = None) -> MLP:
-        """`masks` are those that the forward drew, in a backward."""
+    def of(
+        cls,
+        projections: Sequence[Projection],
+        autocast: torch.dtype | None,
+        masks: Masks | None = None,
+        products: torch.Tensor | None = None,
+    ) -> MLP:
+        """`masks` and `products` are those of the forward, in a backward."""
         inner, outer = (None, None) if masks is None else (masks[:2], masks[2:])
-        return cls(Projections(projections[:2], autocast, inner), Projections(projections[2:], autocast, outer))
+        return cls(
+            Projections(projections[:2], autocast, inner), Projections(projections[2:], autocast, outer, products)
+        )
 
 
 def _tiles(gate_up: torch.Tensor) -> list[slice]:
@@ -77,8 +86,9 @@ def _tiles(gate_up: torch.Tensor) -> list[slice]:
 
 def mlp_fwd(
     x: torch.Tensor, mlp: MLP, room: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], masks drawn) of x [rows, hidden_size].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], down's `products`, masks drawn) of x [rows,
+    hidden_size].
 
     `room` is the buffer that x begins, if it has the room that `mlp.inner` asked for.
     """
@@ -87,16 +97,21 @@ def mlp_fwd(
     tiles = _tiles(gate_up)
     if len(tiles) == 1 or outer.drops:  # a mask is drawn for all rows at once
         y = _down_fwd(gate, up, outer)
+        products = outer.products
     else:
         y = torch.empty((gate.shape[0], outer.projections[0].weight.shape[0]), dtype=gate.dtype, device=gate.device)
+        parts = []
         for rows in tiles:
             y[rows].copy_(_down_fwd(gate[rows], up[rows], outer))
-    return y, gate_up, inner.drawn() + outer.drawn()
+            if outer.products is not None:
+                parts.append(outer.products)
+        products = torch.cat(parts) if parts else None
+    return y, gate_up, products, inner.drawn() + outer.drawn()
 
 
 def _down_fwd(gate: torch.Tensor, up: torch.Tensor, outer: Projections) -> torch.Tensor:
     h, room = with_room(gate.shape, outer.room(gate.dtype), gate.dtype, gate.device)
-    return outer.forward(geglu_fwd(gate, up, h), room=room)[0]
+    return outer.forward(geglu_fwd(gate, up, h), room=room, keep_products=True)[0]
 
 
 def mlp_bwd(
@@ -183,15 +198,15 @@ class _LoraMLP(torch.autograd.Function):
         ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
         projections = projections_of(join_trained(static, trained), numbers)
         with without_autocast(x):
-            y, gate_up, masks = mlp_fwd(rows_of(x), MLP.of(projections, autocast))
-        keep(ctx, trained, (x, gate_up, *masks))
+            y, gate_up, products, masks = mlp_fwd(rows_of(x), MLP.of(projections, autocast))
+        keep(ctx, trained, (x, gate_up, products, *masks))
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, dy):
-        trained, (x, gate_up, *drawn) = kept(ctx)
+        trained, (x, gate_up, products, *drawn) = kept(ctx)
         projections = projections_of(join_trained(ctx.static, trained), ctx.numbers)
         masks = masks_of(projections, drawn)
         flags = wanted_of(ctx.static, ctx.needs_input_grad[4:])
@@ -199,7 +214,7 @@ class _LoraMLP(torch.autograd.Function):
             rows_of(dy),
             rows_of(x),
             gate_up,
-            MLP.of(projections, ctx.autocast, masks),
+            MLP.of(projections, ctx.autocast, masks, products),
             ctx.needs_input_grad[0],
             wants_of(flags),
         )
@@ -224,7 +239,7 @@ def check_mlp(x: torch.Tensor, projections: Sequence[Projection], autocast: torc
 def lora_mlp(
     x: torch.Tensor, gate: Projection, up: Projection, down: Projection, autocast: torch.dtype | None = None
 ) -> torch.Tensor:
-    """`down(gelu_tanh(gate(x)) * up(x))`, saving x, gate and up.
+    """`down(gelu_tanh(gate(x)) * up(x))`, saving x, gate and up, and a few columns.
 
     Args:
         x: [..., hidden_size], float32, bfloat16 or float16.

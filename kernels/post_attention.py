@@ -7,9 +7,9 @@
 where a layer has no per-layer input, the last line is h2 * layer_scalar. Every matrix may be dense or NF4, with or
 without LoRA; the formulas are in `rms_norm`, `lora`, `lora_mlp` and `geglu`. One launch norms, adds and scales.
 
-Saved: attended, the three (two) outputs that are normed before they are added, h1, gate and up, the per-layer gate, and
-4 bytes a token for each norm; the MLP's input is normed again in the backward. Gradients of h1 from its two uses meet
-in float32 and are rounded once.
+Saved: attended, the three (two) outputs that are normed before they are added, h1, gate and up, the per-layer gate,
+the columns that `lora_mlp` keeps, and 4 bytes a token for each norm; the MLP's input is normed again in the backward.
+Gradients of h1 from its two uses meet in float32 and are rounded once.
 """
 
 from __future__ import annotations
@@ -98,13 +98,14 @@ class _PostAttention(torch.autograd.Function):
             h1 = rms_norm_fwd(o_out, norm1, eps, as_rows(residual), rstd=rstd1)
             bundles = MLP.of(mlp, autocast)
             x, room = _with_room(h1, bundles.inner)
-            mlp_out, gate_up, drawn = mlp_fwd(rms_norm_fwd(h1, norm2, eps, rstd=rstd2, out=x), bundles, room)
+            x = rms_norm_fwd(h1, norm2, eps, rstd=rstd2, out=x)
+            mlp_out, gate_up, products, drawn = mlp_fwd(x, bundles, room)
             del x, room
             masks += drawn
             out = rms_norm_fwd(
                 mlp_out, norm3, eps, h1, None if gate else layer_scalar, rstd3, None if gate else residual.shape
             )
-            saved = [attended, rstd, o_out, h1, gate_up, mlp_out]
+            saved = [attended, rstd, o_out, h1, gate_up, mlp_out, products]
             if gate:
                 h2, inputs = out, as_rows(per_layer_input)
                 gated, drawn = _one(gate[0], h2, autocast)
@@ -126,7 +127,7 @@ class _PostAttention(torch.autograd.Function):
     @backward_without_autocast
     def backward(ctx, d_out):
         trained, activations = kept(ctx)
-        attended, rstd, o_out, h1, gate_up, mlp_out, *per_layer = activations[: ctx.n_saved]
+        attended, rstd, o_out, h1, gate_up, mlp_out, products, *per_layer = activations[: ctx.n_saved]
         norm1, norm2, norm3, norm4, *parts = join_trained(ctx.static, trained)
         o, *mlp_and_gate = projections = projections_of(parts, ctx.numbers)
         mlp = mlp_and_gate[:3]
@@ -136,7 +137,7 @@ class _PostAttention(torch.autograd.Function):
         wanted = wants_of(flags)
         rstd1, rstd2, rstd3, *rstd4 = rstd.unbind()
         scalar, autocast = ctx.layer_scalar, ctx.autocast
-        bundles = MLP.of(mlp, autocast, masks[:3])
+        bundles = MLP.of(mlp, autocast, masks[:3], products)
 
         d_input, d_norm4, gate_grads = None, None, []
         if per_layer:
