@@ -1,15 +1,19 @@
 # `make test` and `make demo` need nothing but Python 3.10+ and make: each keeps a virtual environment of its own.
 # `make test-fast` leaves out what takes long. PYTHON chooses the interpreter that builds the environments.
+# `make test-matrix` runs the tests that know the libraries with each supported transformers, the first of them with the
+# oldest peft, trl and bitsandbytes.
 # `make gate` compiles every launch for cards that are not there; `make gate-all` does so with every Triton below.
 PYTHON ?= python3
 TEST_ENV := .venv/test
 DEMO_ENV := .venv/demo
 # Without an NVIDIA driver the CPU build of torch will do, and spares gigabytes.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+TRANSFORMERS := 5.15.0 5.17.0 5.20.0
+OLDEST := transformers==5.15.0 peft==0.21.0 trl==1.15.0 bitsandbytes==0.50.0
 TRITONS := 3.4.0 3.5.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 PYTEST := OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest
 
-.PHONY: demo test test-fast gate gate-all bench report lint clean
+.PHONY: demo test test-fast test-matrix gate gate-all bench report lint clean
 
 demo: $(DEMO_ENV)/.installed
 	$(DEMO_ENV)/bin/python -m fastgemma demo --output demo_output
@@ -19,6 +23,11 @@ test: $(TEST_ENV)/.installed
 
 test-fast: $(TEST_ENV)/.installed
 	$(PYTEST) -n 2 -m "not slow"
+
+test-matrix: $(TRANSFORMERS:%=.venv/with-%/.installed)
+	status=0; for version in $(TRANSFORMERS); do \
+		OMP_NUM_THREADS=1 .venv/with-$$version/bin/python -m pytest -n 2 tests/patches tests/regression || status=1; \
+	done; exit $$status
 
 gate: $(TEST_ENV)/.installed
 	PYTHONPATH=. $(TEST_ENV)/bin/python tests/portability/gate.py
@@ -45,13 +54,20 @@ lint: $(TEST_ENV)/.installed
 clean:
 	rm -rf .venv .gate_cache build dist *.egg-info demo_output
 
-# A Triton of its own; everything else is the test environment's, which comes later in Python's path.
-.venv/gate-%/.installed: $(TEST_ENV)/.installed
-	$(TEST_ENV)/bin/python -m venv .venv/gate-$*
-	.venv/gate-$*/bin/python -m pip install --quiet --no-deps triton==$*
+# Some packages of its own; everything else is the test environment's, which comes later in Python's path.
+define OVER_TEST_ENV
+	$(TEST_ENV)/bin/python -m venv $(1)
 	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-		$(abspath $(TEST_ENV))/bin/python -c "$$purelib" > "$$(.venv/gate-$*/bin/python -c "$$purelib")/test.pth"
-	touch $@
+		$(abspath $(TEST_ENV))/bin/python -c "$$purelib" > "$$($(1)/bin/python -c "$$purelib")/test.pth"
+	$(1)/bin/python -m pip install --quiet $(2)
+	touch $(1)/.installed
+endef
+
+.venv/gate-%/.installed: $(TEST_ENV)/.installed
+	$(call OVER_TEST_ENV,.venv/gate-$*,--no-deps triton==$*)
+
+.venv/with-%/.installed: $(TEST_ENV)/.installed
+	$(call OVER_TEST_ENV,.venv/with-$*,$(if $(findstring transformers==$*,$(OLDEST)),$(OLDEST),transformers==$*))
 
 %/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $*

@@ -261,6 +261,33 @@ def kernels(found: list[Record]) -> str:
     return _by_gpu(chosen, body)
 
 
+def fidelity(found: list[Record]) -> str:
+    """Errors against float32, of patched and of stock models."""
+    chosen = sorted((record for record in found if record.get("bench") == "fidelity"), key=_order)
+
+    def error(record: Record, what: str) -> str:
+        own, stock = record[f"{what}_error"], record[f"{what}_stock_error"]
+        return f"{own:.1e} / {stock:.1e} = {own / stock:.2f}"
+
+    def body(group: list[Record]) -> str:
+        rows = [
+            [
+                f"{_MODELS.get(record['model'], record['model'])}, {record['batch']} x {record['seq_len']}",
+                record["training"],
+                _number(record["seeds"]),
+                error(record, "logits"),
+                error(record, "gradient"),
+                f"{record['worst_gradient_ratio']:.2f}",
+                f"{record['gradients_within_1.1']} of {record['gradients']}",
+            ]
+            for record in group
+        ]
+        head = ["Model", "trained", "seeds", "logits: patched / stock", "gradients: patched / stock"]
+        return _table([*head, "worst gradient", "within 1.1"], rows)
+
+    return _by_gpu(chosen, body)
+
+
 def predicted(found: list[Record]) -> str:
     """Steps on cards that nobody measured."""
     chosen = [record for record in found if record.get("bench") == "predicted_step"]
@@ -285,6 +312,7 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
     "fit": fit,
     "memory": memory,
     "kernels": kernels,
+    "fidelity": fidelity,
     "predicted": predicted,
 }
 
