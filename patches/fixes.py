@@ -13,6 +13,7 @@ from transformers import masking_utils
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.families import is_gemma4
 from fastgemma.patches.interval_masks import IntervalMasks
+from fastgemma.patches.per_layer_inputs import inside_forward
 from fastgemma.patches.projections import Unsupported
 
 logger = logging.getLogger("fastgemma")
@@ -105,6 +106,12 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
     attention.release = intervals.clear
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(self, *args, **kwargs)
+        with inside_forward({} if args else kwargs):
+            return run(self, *args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         if checkpointing is not None and checkpointing.active:
             _refuse_reentrant(self)
         # A multimodal model has prepared its text model's masks, of either kind.

@@ -266,9 +266,10 @@ def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) ->
     """`Gemma4Model.forward` rewrites soft-token ids on the device; the same is done to the host copy beforehand."""
     op = ops["per_layer_embeddings"]
 
-    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        input_ids = args[0] if args else kwargs.get("input_ids")
         if not op.active or input_ids is None:
-            return original(self, input_ids, *args, **kwargs)
+            return original(self, *args, **kwargs)
         table: Any = getattr(self.language_model, "embed_tokens_per_layer", None)
         _move_if_wanted(op, table, self.config)  # here, as the text model's own config names no checkpoint
         ids = host_copy(input_ids) if isinstance(table, HostScaledEmbedding) else None
@@ -278,7 +279,7 @@ def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) ->
             is_soft = torch.isin(ids, torch.tensor([token for token in soft if token is not None], dtype=ids.dtype))
             table.pending_ids = ids.masked_fill(is_soft, config.text_config.pad_token_id)
         try:
-            return original(self, input_ids, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             if ids is not None:
                 table.pending_ids = None

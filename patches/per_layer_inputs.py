@@ -4,14 +4,20 @@ Stock gives layer i the slice `[:, :, i, :]` of a tensor [batch, seq_len, layers
 large as that tensor, zeros elsewhere, and autograd adds one for each layer: of E2B's 35 layers, 35 times 37 MB written
 and 34 sums at 2048 tokens. One `unbind` has the same slices, and one `stack` as its gradient, equal to the bit. A slice
 is not to be written to, and what is asked of the whole tensor's gradient does not see the layers'.
+
+Where nothing before them is trained they need no gradient at all. Stock computes one, through a product 8960 wide, into
+embeddings that `enable_input_require_grads` made require a gradient for checkpointing's sake, and nobody reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastgemma.patches.engine import Op
 
@@ -63,20 +69,55 @@ class _PerLayerInputs(torch.Tensor):
         return super().__getitem__(index)
 
 
+class _ThisThread(threading.local):
+    depth = 0
+    embeds = False  # whether the outermost model was given tokens, and so makes the embeddings itself
+
+
+_this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def inside_forward(given: Mapping[str, Any]) -> Iterator[None]:
+    """The forward of a text or multimodal model with these keyword arguments; the outermost one counts."""
+    if not _this_thread.depth:
+        _this_thread.embeds = given.get("input_ids") is not None and given.get("inputs_embeds") is None
+    _this_thread.depth += 1
+    try:
+        yield
+    finally:
+        _this_thread.depth -= 1
+
+
+def _nobody_reads_their_gradient(model: Any, inputs_embeds: Any, from_tokens: Any) -> bool:
+    """Whether `inputs_embeds` are what `enable_input_require_grads` makes of frozen embeddings, and nothing between
+    them and the layers is trained. A user's own embeddings, or a hook that could hand these out, want their gradient.
+    """
+    if not (_this_thread.depth and _this_thread.embeds and inputs_embeds.is_leaf and inputs_embeds.requires_grad):
+        return False
+    if from_tokens is None or from_tokens.requires_grad:
+        return False
+    embedding: nn.Module = model.embed_tokens
+    if embedding._backward_hooks or embedding._backward_pre_hooks or not embedding._forward_hooks:
+        return False
+    # transformers', PEFT's and TRL's; none of theirs keeps what it is given.
+    names = (getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
+    if not all(name in ("make_inputs_require_grads", "make_inputs_require_grad") for name in names):
+        return False
+    between = (model.per_layer_model_projection, model.per_layer_projection_norm)
+    return not any(parameter.requires_grad for module in between for parameter in module.parameters())
+
+
 def make_projection(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     """`project_per_layer_inputs`, which makes what the decoder's loop takes a layer's inputs from."""
     op = ops["per_layer_embeddings"]
 
-    def project_per_layer_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        projected = original(self, *args, **kwargs)
-        if (
-            not op.active
-            or type(projected) is not torch.Tensor
-            or projected.dim() != 4
-            or not projected.requires_grad
-            or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-        ):
+    def project_per_layer_inputs(self, inputs_embeds: Any, per_layer_inputs: Any = None) -> Any:
+        if not op.active or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return original(self, inputs_embeds, per_layer_inputs)
+        constant = _nobody_reads_their_gradient(self, inputs_embeds, per_layer_inputs)
+        projected = original(self, inputs_embeds.detach() if constant else inputs_embeds, per_layer_inputs)
+        if type(projected) is not torch.Tensor or projected.dim() != 4 or not (projected.requires_grad or constant):
             return projected
         op.fast()
         return _PerLayerInputs.of(projected)

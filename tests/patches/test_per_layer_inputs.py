@@ -8,6 +8,7 @@ import pytest
 import structures
 import torch
 from kernel_checks import same_bits
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgemma
@@ -94,3 +95,105 @@ def test_it_stays_a_tensor_for_everybody_else(device: torch.device) -> None:
         with torch.no_grad():
             assert type(project()) is torch.Tensor
     assert type(project()) is torch.Tensor
+
+
+def adapted(checkpointing: bool = True, **config: Any) -> Any:
+    model = structures.build("e2b")
+    settings = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj", "down_proj"], **config}
+    torch.manual_seed(1)
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    if checkpointing:
+        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+    peft_model.enable_input_require_grads()
+    return peft_model.train()
+
+
+def layer_inputs(model: Any) -> list[torch.Tensor]:
+    """What the layers were given, by forward, in a list that grows."""
+    seen: list[torch.Tensor] = []
+    for module in model.modules():
+        if type(module).__name__ == "Gemma4TextDecoderLayer":
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    return seen
+
+
+def step(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+ON: dict[str, Any] = {**dict.fromkeys(fastgemma.status(), False), "per_layer_embeddings": True, "fixes": True}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_where_nothing_before_them_is_trained(checkpointing: bool, device: torch.device) -> None:
+    model = adapted(checkpointing).to(device)
+    inputs = structures.batch("padding", device=device)
+    stock = step(model, inputs)
+    seen = layer_inputs(model)
+    with fastgemma.patched(**ON):
+        ours = step(model, inputs)
+    assert seen and not any(x.requires_grad for x in seen) and all(x.is_contiguous() for x in seen)
+    assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
+
+
+def test_no_gradient_in_a_multimodal_model_either(device: torch.device) -> None:
+    model: Any = structures.multimodal().to(device).train()
+    model.requires_grad_(False)
+    model.model.language_model.layers.requires_grad_(True)
+    model.enable_input_require_grads()
+    inputs = structures.batch("padding", device=device)
+    stock = step(model, inputs)
+    seen = layer_inputs(model)
+    with fastgemma.patched(**ON):
+        ours = step(model, inputs)
+    assert seen and not any(x.requires_grad for x in seen)
+    assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
+
+
+@pytest.mark.parametrize("why", ["adapted projection", "trained norm", "another hook", "own embeddings", "compared"])
+def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> None:
+    model = adapted(
+        **({"target_modules": ["q_proj", "per_layer_model_projection"]} if why == "adapted projection" else {})
+    ).to(device)
+    text = model.base_model.model.model
+    inputs = structures.batch("padding", device=device)
+    caught: list[torch.Tensor] = []
+    if why == "trained norm":
+        text.per_layer_projection_norm.weight.requires_grad_(True)
+    if why == "another hook":
+
+        def catch(module: Any, given: Any, output: torch.Tensor) -> None:
+            caught.append(output)
+
+        text.embed_tokens.register_forward_hook(catch)
+    if why == "own embeddings":
+        ids = inputs.pop("input_ids")
+        with torch.no_grad():
+            inputs["inputs_embeds"] = text.embed_tokens(ids).detach()
+            inputs["per_layer_inputs"] = text.get_per_layer_inputs(ids)
+        caught = [inputs["inputs_embeds"].requires_grad_()]
+
+    def both() -> dict[str, torch.Tensor]:
+        grads = step(model, inputs)
+        if caught:
+            grads["embeddings"] = caught[-1].grad.clone()
+            caught[-1].grad = None
+        return grads
+
+    stock = both()
+    seen = layer_inputs(model)
+    with fastgemma.patched(**ON):
+        ours = both()
+    assert any(x.requires_grad for x in seen) == (why != "compared")  # what the others differ from
+    assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
+
+
+def test_a_multimodal_forward_stays_one_by_keywords(device: torch.device) -> None:
+    """Rows of the table stack on it, and masks are made from its keyword arguments."""
+    model = structures.multimodal().to(device).train()
+    before = fastgemma.status()["attention"].fallbacks.get("positional arguments", 0)
+    with fastgemma.patched():
+        model(**structures.batch("padding", device=device))
+    assert fastgemma.status()["attention"].fallbacks.get("positional arguments", 0) == before
