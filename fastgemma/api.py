@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from fastgemma.kernels.workspace import workspace_bytes
@@ -26,10 +28,30 @@ FEATURES: dict[str, tuple[bool | str, tuple[bool | str, ...]]] = {
     "fixes": (True, (True, False)),
 }
 
+
+@dataclass(eq=False)
+class _Scope:
+    """A `with patched()` block that was entered and not left."""
+
+    thread: int
+    previous: dict[str, bool | str]  # what it restores
+
+
 _lock = threading.RLock()
 _settings: dict[str, bool | str] = dict.fromkeys(FEATURES, False)
-# Threads that are inside `patched()`, innermost last: nesting is last-in first-out, and in one thread.
-_scopes: list[int] = []
+# Innermost last: nesting is last-in first-out, and in one thread.
+_scopes: list[_Scope] = []
+
+
+def _after_fork() -> None:
+    """A forked child has one thread: blocks that others were inside are never left in it."""
+    _scopes[:] = [scope for scope in _scopes if scope.thread == threading.get_ident()]
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # Held across a fork, so that the child finds neither a lock that nobody releases nor half a state.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
 
 
 def _engine() -> Engine:
@@ -56,7 +78,7 @@ def _resolve(features: dict[str, Any]) -> dict[str, bool | str]:
 def _apply(settings: dict[str, bool | str], strict: bool = False) -> None:
     try:
         _engine().apply(settings, strict)
-    except PatchError:
+    except BaseException:
         _settings.update(dict.fromkeys(FEATURES, False))
         raise
     _settings.update(settings)
@@ -72,7 +94,7 @@ def _report_captured() -> None:
 
 
 def _check_scope() -> None:
-    if _scopes and _scopes[-1] != threading.get_ident():
+    if _scopes and _scopes[-1].thread != threading.get_ident():
         raise PatchError(
             "fastgemma: another thread is inside `with fastgemma.patched(...)`; changing patches now would change its "
             "training run. Patch before starting threads."
@@ -116,9 +138,10 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched(*, strict: bool = False, **features: bool | str) -> Iterator[PatchReport]:
-    """`patch(**features)` inside a `with` block, and the previous state after it.
+    """`patch(**features)` inside a `with` block, and the previous state after it, however it is left.
 
-    Blocks nest last-in first-out within one thread.
+    Blocks nest last-in first-out within one thread. One that is left before a block inside it, as by a suspended
+    generator, changes nothing: its previous state returns when that one is left.
 
     Raises:
         TypeError: an unknown feature or mode. PatchError: as `patch`, or a block that overlaps another thread's.
@@ -126,15 +149,20 @@ def patched(*, strict: bool = False, **features: bool | str) -> Iterator[PatchRe
     settings = _resolve(features)
     with _lock:
         _check_scope()
-        previous = dict(_settings)
-        _apply(settings, strict)
-        _scopes.append(threading.get_ident())
+        scope = _Scope(threading.get_ident(), dict(_settings))
+        _scopes.append(scope)
     try:
+        with _lock:
+            _apply(settings, strict)
         yield status()
     finally:
         with _lock:
-            _scopes.pop()
-            _apply(previous)
+            place = _scopes.index(scope)
+            del _scopes[place]
+            if place == len(_scopes):
+                _apply(scope.previous)
+            else:
+                _scopes[place].previous = scope.previous
 
 
 def settings() -> dict[str, bool | str]:

@@ -59,8 +59,6 @@ class Kernel:
         # By exact values, to spare the classification; by what Triton compiles values into.
         self._launchers: dict[Any, Callable[..., None]] = {}
         self._compiled: dict[Any, Any] = {}
-        # What other threads compile, or have compiled.
-        self._ahead: dict[Any, Future[Any]] = {}
         self._orders: dict[tuple[str, ...], Callable[[Any], tuple[Any, ...]]] = {}
         parameters = inspect.signature(fn).parameters.values()
         self._names = [parameter.name for parameter in parameters]
@@ -130,7 +128,7 @@ class Kernel:
         variant = self._variant(rest, pointers)
         compiled = self._compiled.get(variant)
         if compiled is None:
-            ahead = self._ahead.pop(variant, None)
+            ahead = _ahead.pop((self, variant), None)
             if ahead is not None and ahead.exception() is None:
                 compiled = self._compiled[variant] = ahead.result()
         if compiled is None:
@@ -151,7 +149,7 @@ class Kernel:
         tensors, rest = values[: self._n_pointers], values[self._n_pointers :]
         device = tensors[0].get_device()
         variant = self._variant(rest, (device, True, *(tensor.dtype for tensor in tensors)))
-        if variant in self._compiled or variant in self._ahead:
+        if variant in self._compiled or (self, variant) in _ahead:
             return
 
         def work() -> Any:
@@ -160,7 +158,7 @@ class Kernel:
             compiled[grid]  # loads it
             return compiled
 
-        self._ahead[variant] = _compilers().submit(work)
+        _ahead[self, variant] = _compilers().submit(work)
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -209,6 +207,20 @@ def compiling_ahead() -> Iterator[None]:
 def _compilers() -> ThreadPoolExecutor:
     # The compiler gives Python's lock away for most of its time. More than 8 would want a laptop's memory.
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "fastgemma-compile")
+
+
+# What they compile, or have compiled, by kernel and variant.
+_ahead: dict[tuple[Kernel, Any], Future[Any]] = {}
+
+
+def _after_fork() -> None:
+    """A forked child has none of these threads, and would wait for them: it compiles by itself."""
+    _ahead.clear()
+    _compilers.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _specialisation(value: Any) -> Any:

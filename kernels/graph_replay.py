@@ -141,9 +141,12 @@ class Arena:
             same = last is not None and last.data_ptr() == tensor.data_ptr() and last.stride() == tensor.stride()
             if same and version == tensor._version:
                 return buffer
-            self._loaded[key] = (tensor.detach(), tensor._version)
+            # Forgotten first: a copy that fails leaves a buffer of which nothing is known.
+            self._loaded.pop(key, None)
             self._copies += 1
         buffer.copy_(tensor.detach())
+        if stays:
+            self._loaded[key] = (tensor.detach(), tensor._version)
         return buffer
 
     def load_constants(self, names: Sequence[str], tensors: Tensors) -> Tensors:
@@ -225,12 +228,15 @@ class Replay:
 
             def warm_up() -> None:
                 state = self.state()
-                with _plain_autograd():
-                    variables = leaves()
-                    outs = function(variables, fixed, aliases)
-                    gradients(variables, outs, [torch.zeros_like(out) if out.requires_grad else None for out in outs])
-                if self._generator is not None:
-                    self._generator.set_state(state)
+                try:
+                    with _plain_autograd():
+                        variables = leaves()
+                        outs = function(variables, fixed, aliases)
+                        zeros = [torch.zeros_like(out) if out.requires_grad else None for out in outs]
+                        gradients(variables, outs, zeros)
+                finally:
+                    if self._generator is not None:
+                        self._generator.set_state(state)
 
             def forward() -> None:
                 with _plain_autograd():

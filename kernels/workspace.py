@@ -33,15 +33,21 @@ def set_workspace_bytes(num_bytes: int | None) -> None:
 def workspace_bytes(device: torch.device | None = None) -> int:
     """Bytes that one operation may use for chunks and scratch on `device` (default: the current device).
 
-    256 MiB on an 8 GB card, 512 MiB on 12 to 16 GB, 1 GiB from 24 GB; 256 MiB where there is no CUDA device. A memory
-    fraction set through `torch.cuda.set_per_process_memory_fraction` counts as a smaller card.
+    256 MiB on an 8 GB card, 512 MiB on 12 to 16 GB, 1 GiB from 24 GB; 256 MiB where there is no CUDA device to ask. A
+    memory fraction set through `torch.cuda.set_per_process_memory_fraction` counts as a smaller card.
     """
     if _override is not None:
         return _override
-    if (device is not None and device.type != "cuda") or not torch.cuda.is_available():
+    if (device is not None and device.type != "cuda") or not has_cuda():
         return _STEPS[-1][1]
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
     return _from_memory(card_bytes(torch.device("cuda", index)))
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA device can be asked anything: not in a forked child of a process that uses it, such as a loader's
+    worker, where every question raises."""
+    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
 
 
 def card_bytes(device: torch.device) -> float:

@@ -122,9 +122,20 @@ class Engine:
     def apply(self, enabled: dict[str, bool | str], strict: bool = False) -> None:
         """Brings every row into the state that `enabled` (feature -> False, or a mode) asks for.
 
+        Whatever is raised, an interruption included, nothing is patched after it.
+
         Raises:
-            PatchError: with `strict`, a row that was refused or could not be verified; nothing stays changed then.
+            PatchError: with `strict`, a row that was refused or could not be verified.
         """
+        try:
+            self._switch(enabled)
+            if strict:
+                self._check_all()
+        except BaseException:
+            self._switch({})
+            raise
+
+    def _switch(self, enabled: dict[str, bool | str]) -> None:
         before = [(op.active, op.mode) for op in self.ops]
         wanted = [{f for f in site.ops if enabled.get(f, False) is not False} for site in self._sites]
         if any(bool(features) != site.installed for features, site in zip(wanted, self._sites)):
@@ -150,17 +161,17 @@ class Engine:
                     op.state, op.reason = "off", None
         if before != [(op.active, op.mode) for op in self.ops]:
             self.generation += 1
-        if strict:
-            bad = [
-                op
-                for site in self._sites
-                for op in site.ops.values()
-                if (op.state == "refused" and not site.absent) or (op.active and not site.verified)
-            ]
-            if bad:
-                lines = "\n".join(f"  {op.feature} at {op.target}: {op.reason}" for op in bad)
-                self.apply({})
-                raise PatchError(f"fastgemma: strict patching failed, nothing was patched:\n{lines}")
+
+    def _check_all(self) -> None:
+        bad = [
+            op
+            for site in self._sites
+            for op in site.ops.values()
+            if (op.state == "refused" and not site.absent) or (op.active and not site.verified)
+        ]
+        if bad:
+            lines = "\n".join(f"  {op.feature} at {op.target}: {op.reason}" for op in bad)
+            raise PatchError(f"fastgemma: strict patching failed, nothing was patched:\n{lines}")
 
     def refuse(self, feature: str, target: str, reason: str) -> None:
         """Marks an op as refused from outside the table (a seam captured before patching)."""
@@ -194,8 +205,8 @@ class Engine:
         replacement = staticmethod(replacement) if isinstance(bound, staticmethod) else replacement
         site.owner, site.name, site.original = owner, name, original
         site.raw = vars(owner).get(name, _ABSENT)
+        site.replacement = replacement  # noted first: what is interrupted after it can be removed
         setattr(owner, name, replacement)
-        site.replacement = replacement
         for module, alias in _aliases(row, original):
             setattr(module, alias, replacement)
 

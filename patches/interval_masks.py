@@ -73,7 +73,7 @@ class IntervalMasks:
         self._kept: dict[Any, dict[str, IntervalMask]] = {}
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._kept = {}
 
     def find(self, model: Any, given: Mapping[str, Any], keep_apart: bool = True) -> dict[str, IntervalMask]:
         """The masks of a forward, by type of layer.
@@ -98,8 +98,8 @@ class IntervalMasks:
         stream = torch.cuda.current_stream(reference.device).cuda_stream if reference.is_cuda else 0
         key = (batch, seq_len, reference.device, stream, config.sliding_window)
         plain = padding is None and documents is None and blocks is None
-        if plain and key in self._kept:
-            return self._kept[key]
+        if plain and (found := self._kept.get(key)) is not None:
+            return found
         if reference.is_cuda and not interpreting():
             _compile_ahead(model, config, reference.device)
         # Tensors of inference mode could not be kept for training.
@@ -120,9 +120,10 @@ class IntervalMasks:
                 for kind in ("full_attention", "sliding_attention")
             }
         if plain:
-            while len(self._kept) >= _MAX_KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = masks
+            kept = {**self._kept, key: masks}
+            while len(kept) > _MAX_KEPT:
+                del kept[next(iter(kept))]
+            self._kept = kept  # as a whole: models may be trained in several threads
         return masks
 
 

@@ -14,6 +14,7 @@ Recording waits until it pays: for a shape that comes often, after its first cal
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections import Counter
@@ -225,6 +226,18 @@ def _form(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
 
 
+_all_graphs: weakref.WeakSet[LayerGraphs] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for graphs in _all_graphs:
+        graphs.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class LayerGraphs:
     """All recordings, by layer. They die with their layers, or with `clear`."""
 
@@ -233,6 +246,11 @@ class LayerGraphs:
         self._arenas: weakref.WeakValueDictionary[Any, Arena] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()
         self._full = False  # a recording found no memory; another attempt would cost as much and find none either
+        _all_graphs.add(self)
+
+    def after_fork(self) -> None:
+        """In a forked child, where a thread that records at the moment is gone, and would keep the lock."""
+        self._lock = threading.RLock()
 
     def clear(self) -> None:
         with self._lock:

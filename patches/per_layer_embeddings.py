@@ -11,22 +11,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import glob
-import json
 import logging
-import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.gemma4 import modeling_gemma4
 
 from fastgemma.kernels.host_rows import gather_rows
+from fastgemma.kernels.workspace import has_cuda
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.host_copies import host_copy
+from fastgemma.patches.mapped_tensor import DamagedFileError, MappedTensor, map_tensor
 
 logger = logging.getLogger("fastgemma")
 
@@ -43,6 +42,7 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
     """`Gemma4TextScaledWordEmbedding` whose weight is a host tensor: in `state_dict()`, but no parameter."""
 
     pending_ids: torch.Tensor | None = None
+    mapped: MappedTensor | None = None  # what the weight is, if it is read from a file
 
     @classmethod
     def adopt(cls, module: Any) -> None:
@@ -63,9 +63,18 @@ class HostScaledEmbedding(modeling_gemma4.Gemma4TextScaledWordEmbedding):
             initialized = getattr(value, "_is_hf_initialized", False)
             value = value.detach()  # shares the storage; no longer a Parameter, so nn.Module does not register it
             value._is_hf_initialized = initialized  # else transformers' init writes noise over the mapped pages
+            self.mapped = None
         super().__setattr__(name, value)
 
+    def map(self, mapped: MappedTensor) -> None:
+        """Takes its weight from a file."""
+        _mark_initialized(mapped.tensor)
+        self.weight = mapped.tensor
+        self.mapped = mapped
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.mapped is not None and not torch.compiler.is_compiling():
+            self.mapped.check()
         pending, self.pending_ids = self.pending_ids, None
         if pending is None or pending.shape != input_ids.shape:
             pending = host_copy(input_ids)
@@ -105,7 +114,7 @@ def _wants_host(op: Op, table_bytes: int) -> bool:
         return False
     if op.mode == "host":
         return True
-    if not torch.cuda.is_available():
+    if not has_cuda():
         return False
     index = torch.cuda.current_device()
     card = torch.cuda.get_device_properties(index).total_memory * torch.cuda.get_per_process_memory_fraction(index)
@@ -114,30 +123,6 @@ def _wants_host(op: Op, table_bytes: int) -> bool:
 
 def _tables(model: nn.Module) -> dict[str, HostScaledEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, HostScaledEmbedding)}
-
-
-def map_tensor(files: Iterable[str], suffix: str) -> torch.Tensor | None:
-    """The one tensor whose key ends in `suffix`, as a private map of just its bytes in a safetensors file, or None.
-
-    The loader's own view would keep the map of the whole file alive, and with it every page read for other tensors.
-    """
-    for path in files:
-        if not path.endswith(".safetensors"):
-            continue
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            start = 8 + size
-            for key, entry in json.loads(file.read(size)).items():
-                if not key.endswith(suffix):
-                    continue
-                begin, end = (start + offset for offset in entry["data_offsets"])
-                base = begin - begin % mmap.ALLOCATIONGRANULARITY
-                view = mmap.mmap(file.fileno(), end - base, access=mmap.ACCESS_COPY, offset=base)
-                if hasattr(mmap, "MADV_RANDOM"):
-                    view.madvise(mmap.MADV_RANDOM)  # rows are read singly: read-ahead would be waste
-                flat = torch.frombuffer(view, dtype=str_to_torch_dtype[entry["dtype"]], offset=begin - base)
-                return flat[: (end - begin) // flat.element_size()].view(entry["shape"])
-    return None
 
 
 def make_init(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
@@ -165,7 +150,7 @@ def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
     op = ops["per_layer_embeddings"]
 
     def load(model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any):
-        mapped: dict[str, torch.Tensor] = {}
+        mapped: dict[str, MappedTensor] = {}
         dtypes: dict[str, torch.dtype] = {}
         for name, table in _tables(model).items():
             dtypes[name] = table.weight.dtype
@@ -174,11 +159,17 @@ def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
                 load_config = dataclasses.replace(load_config, device_map=device_map)
             if state_dict or load_config.disable_mmap:
                 continue
-            found = map_tensor(checkpoint_files or (), name.rpartition(".")[2] + ".weight")
-            if found is not None and found.shape == table.weight.shape and table.weight.device.type == "meta":
+            try:
+                found = map_tensor(checkpoint_files or (), name.rpartition(".")[2] + ".weight")
+            except DamagedFileError as error:
+                raise PatchError(
+                    f"fastgemma: a file of this checkpoint is missing or damaged: {error}. No model was loaded, so "
+                    "there is nothing to train. Download or save the checkpoint again."
+                ) from error
+            if found is not None and found.tensor.shape == table.weight.shape and table.weight.device.type == "meta":
                 mapped[name] = found
                 # The loader casts to the placeholder's dtype; the file's own dtype makes that no copy.
-                table.weight = table.weight.to(found.dtype)
+                table.weight = table.weight.to(found.tensor.dtype)
         result = original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         unread = result[0].missing_and_mismatched()
         for name, table in _tables(model).items():
@@ -186,8 +177,7 @@ def make_load(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[...,
                 table.release(dtypes[name])  # stock reports it and initialises it at random: there is no file to map
                 continue
             if name in mapped:
-                _mark_initialized(mapped[name])
-                table.weight = mapped[name]
+                table.map(mapped[name])
             op.fast()
         return result
 
@@ -238,15 +228,20 @@ def _checkpoint_files(config: Any) -> list[str]:
 
 def _move_to_host(table: Any, config: Any) -> None:
     weight = table.weight
-    mapped = map_tensor(_checkpoint_files(config), "embed_tokens_per_layer.weight")
-    if mapped is not None and _same(mapped, weight):
+    try:
+        mapped = map_tensor(_checkpoint_files(config), "embed_tokens_per_layer.weight")
+    except DamagedFileError:
+        mapped = None  # the model was loaded, so its own table is right whatever became of the files
+    if mapped is not None and _same(mapped.tensor, weight):
         where = "mapped from its checkpoint"
+        HostScaledEmbedding.adopt(table)
+        table.map(mapped)
     else:
-        mapped = weight.detach().to("cpu")
-        where = f"copied to host memory ({mapped.numel() * mapped.element_size() / 2**30:.2f} GiB)"
-    _mark_initialized(mapped)
-    HostScaledEmbedding.adopt(table)
-    table.weight = mapped
+        copied = weight.detach().to("cpu")
+        where = f"copied to host memory ({copied.numel() * copied.element_size() / 2**30:.2f} GiB)"
+        _mark_initialized(copied)
+        HostScaledEmbedding.adopt(table)
+        table.weight = copied
     del weight
     logger.warning(
         "fastgemma: the per-layer embedding table was %s at the first forward. Call fastgemma.patch() before loading "

@@ -42,6 +42,16 @@ def _weight(layer: nn.Module) -> Any:
     return layer.weight if weight is None else weight  # where a sharding library made it an attribute
 
 
+class _Note:
+    """How a 4-bit weight was read. Copies are read anew: their tensors are others, and a file could not hold it."""
+
+    def __init__(self, read: NF4Weight, absmax: torch.Tensor, address: int) -> None:
+        self.read, self.absmax, self.address = read, absmax, address
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
     """The weight of a `bitsandbytes.nn.Linear4bit`. Raises Unsupported."""
     weight = _weight(layer)
@@ -54,9 +64,9 @@ def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     # Read once per weight: the note goes where bitsandbytes would notice a move, with the state that it describes.
-    noted, absmax, address = getattr(state, "_fastgemma_nf4", (None, None, None))
-    if noted is not None and absmax is state.absmax and address == weight.data_ptr():
-        return noted
+    note = getattr(state, "_fastgemma_nf4", None)
+    if note is not None and note.absmax is state.absmax and note.address == weight.data_ptr():
+        return note.read
     if state.quant_type != "nf4":
         raise Unsupported(f"4-bit type {state.quant_type}")
     if getattr(state, "packing_format_for_cpu", False):
@@ -73,7 +83,7 @@ def nf4_weight(layer: Any, x: torch.Tensor) -> NF4Weight:
         state.blocksize,
         nested,
     )
-    state._fastgemma_nf4 = (read, state.absmax, weight.data_ptr())
+    state._fastgemma_nf4 = _Note(read, state.absmax, weight.data_ptr())
     return read
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +87,25 @@ def _numpy_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@contextlib.contextmanager
+def _writing(output: Path, meaning: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DemoError(f"Cannot write to {output}: {error}. {meaning}") from error
+
+
 def run_demo(plan: Plan, output: Path, console: Console) -> None:
     """Runs all three stages, prints what they found and saves `demo.png` and `demo.json` in `output`.
 
     Raises:
-        DemoError: a stage failed, an expected feature never ran, or the loss curves part.
+        DemoError: `output` cannot be written, a stage failed, an expected feature never ran, or the loss curves part.
     """
+    # Before the minutes that it takes, not after them.
+    with _writing(output, "Nothing was run. Name another directory with --output."):
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     on_gpu = plan.device == "cuda"
     if on_gpu:
         console.print(f"QLoRA (NF4, bfloat16) on {torch.cuda.get_device_name()}")
@@ -105,9 +120,11 @@ def run_demo(plan: Plan, output: Path, console: Console) -> None:
     console.print()
     print_results(plan, stock, patched, console)
     problems = verdict(plan, stock, patched)
-    draw(plan, stock, patched, output / "demo.png")
     record = {"plan": dataclasses.asdict(plan), "base": base, "stock": stock, "patched": patched, "problems": problems}
-    (output / "demo.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    found = "; ".join(problems) or "the comparison itself passed"
+    with _writing(output, f"What is printed above is all that was kept of this run ({found}); files may be cut short."):
+        draw(plan, stock, patched, output / "demo.png")
+        (output / "demo.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     console.print(f"Saved {output / 'demo.png'} and {output / 'demo.json'}", markup=False, soft_wrap=True)
     if problems:
         raise DemoError("\n".join(problems))

@@ -203,6 +203,41 @@ def test_a_failed_recording_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(results(replay, inputs, constants, trained), results(function, inputs, constants, trained))
 
 
+def test_a_failed_recording_draws_nothing() -> None:
+    """The plain call that follows draws what it would have drawn without an attempt."""
+
+    def draw_and_fail(*_: Any) -> Any:
+        torch.rand(3, device=DEVICE)
+        raise torch.OutOfMemoryError("none left")
+
+    inputs, constants, trained = tensors(0)
+    torch.manual_seed(0)
+    expected = torch.rand(3, device=DEVICE)
+    torch.manual_seed(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        record(inputs, constants, trained, function=draw_and_fail, draws=True)
+    assert torch.equal(torch.rand(3, device=DEVICE), expected)
+
+
+def test_a_copy_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, constants, trained = tensors(0)
+    arena = Arena(DEVICE)
+    replay = record(inputs, constants, trained, arena)
+    others = tensors(1)[1]
+    buffer, copy_ = arena.buffer("c", others[0].shape, others[0].dtype), torch.Tensor.copy_
+
+    def fail_at_constants(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        if self is buffer:
+            raise torch.OutOfMemoryError("none left")
+        return copy_(self, source)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "copy_", fail_at_constants)
+        replay(inputs, others, trained)
+    for which in (others, constants):
+        assert_same(results(replay, inputs, which, trained), results(function, inputs, which, trained))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="memory of recordings")
 def test_recordings_share_memory_and_keep_no_activations() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import can_fork, in_forked_child
 
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.launch as launch_module
@@ -68,6 +70,16 @@ def test_the_card_asked_for_is_the_card_read(card, monkeypatch):
     )
     assert workspace_bytes(CARD) == 256 * MIB
     assert workspace_bytes() == workspace_bytes(torch.device("cuda")) == 1024 * MIB
+
+
+def test_budget_in_a_forked_child_of_a_process_that_uses_the_card(card, monkeypatch):
+    def refuse():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    card(80 * GIB)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", refuse)
+    assert workspace_bytes() == 256 * MIB
 
 
 def test_budget_without_a_card(card, monkeypatch):
@@ -335,6 +347,39 @@ def test_what_failed_ahead_compiles_at_its_launch(fake_kernel):
         raise KeyError("mine")
     fake_kernel.kernel[(3,)](**arguments)  # outside again, though left by an exception
     assert len(fake_kernel.ahead) == len(fake_kernel.compiled) == 1
+
+
+@can_fork
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(busy, fake_kernel, monkeypatch):
+    """Neither for one that compiles, nor for one that would be given the next kernel."""
+    compiling, go_on = threading.Event(), threading.Event()
+
+    def warmup(self, grid, **kwargs):
+        compiling.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(type(fake_kernel.kernel.function), "warmup", warmup)
+    with compiling_ahead():
+        fake_kernel.kernel[(3,)](**ARGUMENTS)
+    assert compiling.wait(10)
+    if not busy:
+        go_on.set()
+        time.sleep(0.2)  # until the thread waits for work
+
+    def launch():
+        go_on.set()  # for threads of the child's own
+        fake_kernel.kernel[(3,)](**ARGUMENTS)
+        with compiling_ahead():
+            fake_kernel.kernel[(3,)](**ARGUMENTS | {"BLOCK": 16})
+        fake_kernel.kernel[(3,)](**ARGUMENTS | {"BLOCK": 16})
+        return len(fake_kernel.compiled)
+
+    try:
+        assert in_forked_child(launch, seconds=10) == 2
+    finally:
+        go_on.set()
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")

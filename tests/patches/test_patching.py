@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 
 import pytest
 import structures
 import torch
+from patch_state import attributes
 from peft import LoraConfig, get_peft_model
 from transformers.models.gemma4 import modeling_gemma4
 
 import fastgemma
 from fastgemma.api import FEATURES
 from fastgemma.patches.engine import Engine, Op, Row
-from fastgemma.patches.table import ENGINE, ROWS
+from fastgemma.patches.table import ENGINE
 
 KERNELS = ("rms_norm", "rope", "geglu", "lora", "cross_entropy")
 
@@ -25,18 +25,6 @@ def unpatched():
     fastgemma.unpatch()
     yield
     fastgemma.unpatch()
-
-
-def attributes() -> dict[str, object]:
-    """What stands at every place of the table, inherited or not."""
-    found = {}
-    for row in ROWS:
-        owner = importlib.import_module(row.module)
-        *path, name = row.attribute.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        found[f"{row.module}:{row.attribute}"] = vars(owner).get(name)
-    return found
 
 
 def step(model: torch.nn.Module, seed: int = 5) -> tuple[float, dict[str, torch.Tensor]]:
