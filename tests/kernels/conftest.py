@@ -1,12 +1,20 @@
-"""Fixtures of the linear cross-entropy's tests."""
+"""Kernels in the interpreter stay within their tensors; small blocks for the linear cross-entropy's tests."""
 
 from __future__ import annotations
 
+import memory_bounds
 import pytest
 
 import fastgemma.kernels.chunked_head as chunked_head
 import fastgemma.kernels.launch as launch_module
+from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.launch import Launch
+
+
+@pytest.fixture(autouse=True)
+def within_tensors(monkeypatch):
+    if interpreting():
+        memory_bounds.check(monkeypatch)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ from fastgemma.kernels import attention as attention_module
 from fastgemma.kernels import attention_backward, attention_forward, attention_wide, backend
 from fastgemma.kernels import launch as launch_module
 from fastgemma.kernels.attention import attention, attention_problem, attention_reference
+from fastgemma.kernels.attention_tiles import in_bands
+from fastgemma.kernels.backend import kernel, tl
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import Launch
 
@@ -199,20 +202,84 @@ def test_tiles_outside_are_not_visited(device: torch.device) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v", "output gradient"])
-def test_not_finite_stays_in_its_document(name: str, value: float, device: torch.device) -> None:
+@pytest.mark.parametrize("place, dtype, whole", [(25, torch.float32, True), (20, torch.float16, False)], ids=str)
+def test_not_finite_stays_in_its_document(
+    place: int, dtype: torch.dtype, whole: bool, name: str, value: float, device: torch.device
+) -> None:
+    """And reaches, of its document, neither rows before it nor, through its own row, keys behind it."""
     documents = torch.cat([torch.full((n,), i) for i, n in enumerate((20, 13, 17))])[None]
     intervals = key_intervals(1, 50, device, documents=documents)
-    inputs = make(1, 50, 4, 2, 16, device)
-    dout = fresh(1, 50, 4, 16, device=device, grad=False)
+    inputs = make(1, 50, 4, 2, 16, device, dtype)
+    dout = fresh(1, 50, 4, 16, device=device, dtype=dtype, grad=False)
     clean = evaluate(run(attention, intervals, 0.5), inputs, [dout])
     with torch.no_grad():
-        (dout if name == "output gradient" else inputs[name])[0, 25] = value
+        (dout if name == "output gradient" else inputs[name])[0, place, :, slice(None) if whole else 5] = value
     dirty = evaluate(run(attention, intervals, 0.5), inputs, [dout])
-    others = (documents[0] != 1).to(device)
+    numbers = torch.arange(50, device=device)
+    inside = (documents[0] == 1).to(device)
+    rows = inside & (numbers >= place) if name in ("k", "v") else numbers == place
+    keys = inside if name in ("k", "v") else inside & (numbers <= place)
     for key, tensor in dirty.items():
+        others = ~(keys if key in ("dk", "dv") else rows)
         assert same_bits(tensor[:, others], clean[key][:, others]), key
-    reached = {"q": "dq", "k": "output 0", "v": "output 0", "output gradient": "dq"}[name]
+    reached = {"q": "dq" if whole else "output 0", "k": "output 0", "v": "output 0", "output gradient": "dv"}[name]
     assert not dirty[reached].isfinite().all()
+    if value != value:
+        for key in {"q": ["output 0"], "k": ["output 0", "dq"], "v": ["output 0"], "output gradient": []}[name]:
+            assert not dirty[key][0, rows].flatten(1).isfinite().all(1).any(), key
+
+
+MASKS = {
+    "causal": lambda n, device: key_intervals(1, n, device),
+    "window": lambda n, device: key_intervals(1, n, device, 20),
+    "documents": lambda n, device: key_intervals(1, n, device, documents=(torch.arange(n) // 9)[None]),
+    "padding": lambda n, device: key_intervals(1, n, device, padding_mask=(torch.arange(n) % (n - 1) > 2)[None]),
+    "all from the second": lambda n, device: rectangle(n, 1, n, device),
+    "a tile and one": lambda n, device: rectangle(n, 0, 33, device),
+    "two tiles of rows without keys": lambda n, device: rectangle(n, 33, 33, device),
+}
+
+
+def rectangle(seq_len: int, lo: int, hi: int, device: torch.device) -> KeyIntervals:
+    """The same keys for every row."""
+    bounds = [torch.full((1, seq_len), bound, dtype=torch.int32, device=device) for bound in (lo, hi)]
+    return KeyIntervals(*bounds, causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_sums_and_outputs_of_either_kernel(
+    mask: str, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Half precision takes another kernel, whose sums are as exact, and whose outputs are rounded products."""
+    intervals = MASKS[mask](70, device)
+    inputs = make(1, 70, heads, kv_heads, 16, device, dtype, grad=False)
+    out, lse = attention_forward.attention_fwd(**inputs, intervals=intervals, scale=0.3)
+    truth = attention_reference(**double(inputs), intervals=intervals, scale=0.3)
+    keys = double(inputs)["k"].repeat_interleave(heads // kv_heads, 2)
+    scores = 0.3 * torch.einsum("bihd,bjhd->bihj", double(inputs)["q"], keys)
+    sums = scores.masked_fill(~intervals.dense()[:, :, None], -torch.inf).logsumexp(-1) / math.log(2.0)
+    torch.testing.assert_close(lse.double(), sums.masked_fill(sums.isinf(), 0.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), truth, rtol=0.0, atol=1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@kernel
+def _bands_kernel(out_ptr, n_rows, n_columns):
+    program = tl.program_id(0)
+    row, column = in_bands(program, n_rows, n_columns, 8)
+    tl.store(out_ptr + 2 * program, row)
+    tl.store(out_ptr + 2 * program + 1, column)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("n_columns", [1, 3])
+def test_bands_hold_every_tile_once(n_rows: int, n_columns: int, device: torch.device) -> None:
+    """Eight rows of tiles at most before the next column: what programs side by side read stays in the cache."""
+    out = torch.full((n_rows * n_columns, 2), -1, device=device)
+    _bands_kernel[(n_rows * n_columns,)](out_ptr=out, n_rows=n_rows, n_columns=n_columns)
+    bands = [range(first, min(first + 8, n_rows)) for first in range(0, n_rows, 8)]
+    assert out.tolist() == [[row, column] for band in bands for column in range(n_columns) for row in band]
 
 
 def test_outliers(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -175,6 +177,15 @@ def test_layouts_of_the_projections(layout, device):
 def test_layouts_of_the_output_gradients(layout, mode, device):
     inputs = make(device, mode=mode)
     check(inputs, make_grads(inputs, layout))
+
+
+@pytest.mark.parametrize("layouts", itertools.permutations(["contiguous", "heads first", "sliced columns"]), ids=str)
+def test_every_tensor_has_its_own_strides(layouts, device):
+    inputs = make(device, heads=4, kv_heads=2)
+    for name, layout in zip("qkv", layouts):
+        if layout != "heads first":
+            inputs[name] = fresh(*inputs[name].shape, device=device, layout=layout)
+    check(inputs, [make_grads(inputs, layout)[number] for number, layout in enumerate(layouts)])
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

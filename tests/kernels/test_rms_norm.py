@@ -29,7 +29,14 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.rms_norm as module
 from fastgemma.kernels.launch import Launch
-from fastgemma.kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_residual, rms_norm_residual_reference
+from fastgemma.kernels.rms_norm import (
+    rms_norm,
+    rms_norm_bwd,
+    rms_norm_fwd,
+    rms_norm_reference,
+    rms_norm_residual,
+    rms_norm_residual_reference,
+)
 
 SHAPES = [(1, 64), (1, 7), (13, 7), (101, 33), (2, 67, 96), (3, 1, 5, 256), (5, 1537), (48,)]
 VARIANTS = list(itertools.product(["trained", "frozen", None], [False, True], [False, True]))  # weight, residual, scale
@@ -112,6 +119,22 @@ def test_many_rows_per_program(device, monkeypatch):
     log = record_launches(monkeypatch, module)
     check(make((521, 6), device), fresh(521, 6, device=device, grad=False))
     assert log[-1].kwargs["TILES"] == 2 and log[-1].grid == (261,)
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 7), (13, 24), (101, 33)])
+def test_rows_of_wider_matrices_and_an_addend(rows, cols, device):
+    """As operations call it that contain a norm: outputs lie apart, and x has a gradient from elsewhere too."""
+    inputs = make((rows, cols), device)
+    x, weight = inputs["hidden_states"].detach(), inputs["weight"].detach()
+    dy, addend = (fresh(rows, cols, device=device, layout="sliced columns", grad=False) for _ in range(2))
+    truth = evaluate(rms_norm_reference, double(inputs), [double(dy)])
+    truth["dhidden_states"] = truth["dhidden_states"] + addend.double()
+    wide = torch.full((2, rows, cols + 5), 7.0, device=device)
+    rstd = torch.empty(rows, device=device)
+    y = rms_norm_fwd(x, weight, 1e-6, rstd=rstd, out=wide[0, :, 2:-3])
+    grads = rms_norm_bwd(dy, x, weight, rstd, addend=addend, needs_dweight=True, out=wide[1, :, 2:-3])
+    assert_float32({"output 0": y, "dhidden_states": grads.x, "dweight": grads.weight}, truth)
+    assert (wide[:, :, :2] == 7).all() and (wide[:, :, -3:] == 7).all()
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
