@@ -98,7 +98,7 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("attention_output", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
     ("attention_delta", "any", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
     ("attention_delta", "any", "interpreter"): Launch({"BLOCK_M": 256}),
-    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8),
+    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=8),
     ("attention_ds", "any", "sm_90"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
     ("attention_ds", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_D": 512}),
     ("attention_dq", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
