@@ -35,13 +35,6 @@ PARTS = {Place(phase, name) for phase in ("forward", "backward") for name in ("l
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def unpatched() -> Iterator[None]:
-    fastgemma.unpatch()
-    yield
-    fastgemma.unpatch()
-
-
 def lora_model(path: Path, quantized: bool = False) -> Any:
     """One layer with dropout in its adapters; its per-layer-embedding table is mapped from a checkpoint in `path`."""
     shape = {"layer_types": ["full_attention"], "num_kv_shared_layers": 0, "use_double_wide_mlp": False}

@@ -7,7 +7,7 @@ import io
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,6 @@ SHAPE: dict[str, Any] = {"layer_types": ["full_attention"], "num_kv_shared_layer
 OFF = {("off", None)}
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def unpatched() -> Iterator[None]:
-    fastgemma.unpatch()
-    yield
-    fastgemma.unpatch()
 
 
 def lora(base: Any) -> Any:

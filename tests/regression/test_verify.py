@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ from fastgemma.verification import judge, load, measure, truth
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CUDA = torch.cuda.is_available()
-
-
-@pytest.fixture(autouse=True)
-def unpatched() -> Iterator[None]:
-    fastgemma.unpatch()
-    yield
-    fastgemma.unpatch()
 
 
 def adapted(model: torch.nn.Module, dropout: float = 0.0) -> torch.nn.Module:
