@@ -4,7 +4,8 @@
 
 One reused buffer holds C x V logits: a GEMM fills it, `logits` reduces each row and turns it into its gradient in
 place, and further GEMMs consume that gradient. The gradient of a unit loss thus exists before the backward, which only
-scales it. GEMMs, each of 2 * N * V * H FLOP:
+scales it. Where nothing but dhidden is wanted of softcapped logits, `softcapped_logits` passes over them once, and the
+GEMM's rows are divided, and given their target's part, in float32. GEMMs, each of 2 * N * V * H FLOP:
 
     no gradient wanted                                                            1
     frozen head                                                                   2
@@ -12,17 +13,19 @@ scales it. GEMMs, each of 2 * N * V * H FLOP:
     trainable head, one upstream per row; or any gradient through the entropy     4, two of them on logits made again
 
 Hidden states and weight meet in one dtype, the weight cast slab by slab where it has another; the gradients of weight
-and bias are summed over chunks in float32. A chunk's bytes per logit beside the GEMMs are `logits`'s.
+and bias are summed over chunks in float32. A chunk's bytes per logit beside the GEMMs are those of the kernels' files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fastgemma.kernels.logits import Readout, TokenStatistics, logits_bwd, logits_fwd
+from fastgemma.kernels.softcapped_logits import one_sweep_suffices, softcapped_logits
 
 # Fewer rows than this make a GEMM that only reads the head; a tighter budget is then exceeded.
 MIN_CHUNK_ROWS = 16
@@ -76,6 +79,14 @@ class Rows:
             yield cols, buffer[: cols.stop - start].copy_(self.weight[cols])
 
 
+class Swept(NamedTuple):
+    """Of rows [N] that `softcapped_logits` passed over: by what their product with the head is multiplied, and how much
+    of the target's row of the head is added to it."""
+
+    scale: torch.Tensor
+    of_target: torch.Tensor
+
+
 class Gradients:
     """What is wanted of the gradients of (hidden, weight, bias), filled chunk by chunk.
 
@@ -89,14 +100,22 @@ class Gradients:
         self.weight = rows.weight.new_zeros((n_cols, width), dtype=torch.float32) if wanted[1] else None
         self.bias = rows.weight.new_zeros(n_cols, dtype=torch.float32) if wanted[2] else None
 
-    def add(self, rows: Rows, chunk: slice, x: torch.Tensor, d_logits: torch.Tensor) -> None:
+    def add(
+        self, rows: Rows, chunk: slice, x: torch.Tensor, d_logits: torch.Tensor, swept: Swept | None = None
+    ) -> None:
+        """`swept`: what `softcapped_logits` left for later; only hidden states have a gradient then."""
         if self.hidden is not None:
-            if rows.weight.dtype == d_logits.dtype == self.hidden.dtype:
+            if rows.weight.dtype == d_logits.dtype == self.hidden.dtype and swept is None:
                 torch.mm(d_logits, rows.weight, out=self.hidden[chunk])
             else:
                 total = torch.zeros_like(x, dtype=torch.float32)
                 for cols, slab in rows.slabs():
                     _add_product(total, d_logits[:, cols], slab)
+                if swept is not None:
+                    # A target that is no token has a NaN to multiply whatever row is taken.
+                    targets = rows.targets[chunk].clamp(0, rows.weight.shape[0] - 1)
+                    total.mul_(swept.scale.unsqueeze(1))
+                    total.addcmul_(rows.weight.index_select(0, targets), swept.of_target.unsqueeze(1))
                 self.hidden[chunk] = total
         if self.weight is not None:
             _add_product(self.weight, d_logits.t(), x)
@@ -115,23 +134,33 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def head_fwd(
     rows: Rows, outputs: tuple[str, ...], wanted: list[bool]
 ) -> tuple[TokenStatistics, torch.Tensor, torch.Tensor, Gradients]:
-    """The statistics, the peak and log-sum of each row (logsumexp = peak + log_sum), the gradients of a unit loss."""
+    """The statistics, peak and log-sum of each row (logsumexp = peak + log_sum), and the gradients of a unit loss."""
     n_rows = rows.targets.shape[0]
     names = ("log_probs", "peak", "log_sum", *outputs)
     stats = {name: rows.hidden.new_empty(n_rows, dtype=torch.float32) for name in names}
     if "is_top1" in stats:
         stats["is_top1"] = stats["is_top1"].new_empty(n_rows, dtype=torch.uint8)
     gradients = Gradients(wanted, rows)
+    readout = rows.head.readout
+    one_sweep = wanted == [True, False, False] and one_sweep_suffices(readout, rows.head.dtype, outputs)
+    if one_sweep:
+        stats |= {name: torch.empty_like(stats["peak"]) for name in Swept._fields}
     with torch.autocast(rows.hidden.device.type, enabled=False):
         for chunk, x, logits in rows.chunks():
             results = {name: values[chunk] for name, values in stats.items()}
-            logits_fwd(logits, rows.bias, rows.targets[chunk], rows.head.readout, results, gradients.any)
+            swept = None
+            if one_sweep:
+                softcapped_logits(logits, rows.bias, rows.targets[chunk], readout, results)
+                swept = Swept(*(results[name] for name in Swept._fields))
+            else:
+                logits_fwd(logits, rows.bias, rows.targets[chunk], readout, results, gradients.any)
             if gradients.any:
-                gradients.add(rows, chunk, x, logits)
-    peak, log_sum = stats.pop("peak"), stats.pop("log_sum")
+                gradients.add(rows, chunk, x, logits, swept)
+    peak, log_sum = stats["peak"], stats["log_sum"]
     if "is_top1" in stats:
         stats["is_top1"] = stats["is_top1"].view(torch.bool)
-    return TokenStatistics(**stats), peak, log_sum, gradients
+    found = {name: values for name, values in stats.items() if name in TokenStatistics._fields}
+    return TokenStatistics(**found), peak, log_sum, gradients
 
 
 def head_bwd(

@@ -118,6 +118,9 @@ TABLE: dict[tuple[str, str, str], Launch] = {
         )
     },
     # One program per row of logits, streaming over the vocabulary.
+    ("softcapped_logits", "any", "any"): Launch({"BLOCK_V": 4096}, num_warps=16),
+    ("softcapped_logits", "any", "gfx942"): Launch({"BLOCK_V": 4096}, num_warps=8),
+    ("softcapped_logits", "any", "interpreter"): Launch({"BLOCK_V": 4096}),
     ("linear_cross_entropy", "any", "any"): Launch({"BLOCK_V": 4096}, num_warps=8),
     ("linear_cross_entropy", "any", "interpreter"): Launch({"BLOCK_V": 4096}),
 }

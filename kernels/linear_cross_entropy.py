@@ -1,8 +1,9 @@
 """Log-probabilities and cross-entropy of `hidden @ weight.T`, without keeping the logits.
 
 Ignored rows are dropped first; the others pass in chunks through one reused buffer of logits (`chunked_head`, with the
-count of GEMMs), where each row is reduced and turned into its gradient in place (`logits`, with the formulas). What is
-here says which gradients are computed ahead, checks arguments, and gives both operations in plain torch.
+count of GEMMs), where each row is reduced and turned into its gradient in place (`logits`, with the formulas, and
+`softcapped_logits`). What is here says which gradients are computed ahead, checks arguments, and gives both operations
+in plain torch.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); the final softcap of
 `Gemma4ForCausalLM` in transformers; the per-token statistics of TRL's fused head.

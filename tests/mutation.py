@@ -50,6 +50,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "nf4": ("nf4",),
     "qk_norm_rope_launch": ("qk_norm_rope",),
     "logits": ("logits", "linear_cross_entropy"),
+    "softcapped_logits": ("softcapped_logits",),
     "attention_tiles": ("attention",),
     "attention_forward": ("attention",),
     "attention_wide": ("attention",),

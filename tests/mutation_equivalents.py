@@ -106,6 +106,14 @@ EQUIVALENT: dict[Change, str] = {
         "both choices are a zero at 0", ("_load_logits", "z = softcap * tl.where({z < 0.0}, -tanh, tanh)", "(z <= 0.0)")
     ),
     **_same(
+        "the tanh of a zero is a zero of either sign",
+        ("_load_tanh", "return tl.where({s < 0.0}, -tanh, tanh), e, r", "(s <= 0.0)"),
+    ),
+    **_same(
+        "a lane beyond the vocabulary has any tanh below all others",
+        ("_softcapped_logits_kernel", "tanh = tl.where(mask, tanh, {-2.0})", "-2.02"),
+    ),
+    **_same(
         "where every logit so far is -inf, any finite shift makes every exponential 0",
         (
             "_linear_cross_entropy_fwd_kernel",

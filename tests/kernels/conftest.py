@@ -21,10 +21,9 @@ def within_tensors(monkeypatch):
 def small_blocks(monkeypatch):
     """256 columns and 4 rows at a time, so that small shapes take several blocks and chunks, the last ones partial."""
     monkeypatch.setattr(chunked_head, "MIN_CHUNK_ROWS", 4)
-    for arch in ("any", "interpreter"):
-        monkeypatch.setitem(
-            launch_module.TABLE, ("linear_cross_entropy", "any", arch), Launch({"BLOCK_V": 256}, num_warps=4)
-        )
+    for kernel in ("linear_cross_entropy", "softcapped_logits"):
+        for arch in ("any", "interpreter"):
+            monkeypatch.setitem(launch_module.TABLE, (kernel, "any", arch), Launch({"BLOCK_V": 256}, num_warps=4))
     launch_module.launch.cache_clear()
     yield
     launch_module.launch.cache_clear()

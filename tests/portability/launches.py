@@ -219,7 +219,11 @@ def adapters(dtype: torch.dtype) -> None:
 def losses(dtype: torch.dtype) -> None:
     head, labels = torch.zeros(262144, 8, dtype=dtype), torch.zeros(16, dtype=torch.int64)
     _backward(linear_cross_entropy(_empty(dtype, 16, 8), head, labels, softcap=30.0))
+    _backward(linear_cross_entropy(_empty(torch.float32, 16, 8), head, labels, softcap=30.0))
+    _backward(linear_cross_entropy(_empty(dtype, 16, 8), head.clone().requires_grad_(), labels, softcap=30.0))
     linear_cross_entropy(_empty(dtype, 16, 8, grad=False), head, labels, softcap=30.0)
+    fields: tuple[str, ...] = ("log_probs", "entropy", "mean_logits", "is_top1")
+    linear_log_probs(_empty(dtype, 16, 8), head, labels, softcap=30.0, outputs=fields)
     fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     statistics = linear_log_probs(_empty(dtype, 16, 8), head, labels, softcap=30.0, outputs=fields)
     _backward(statistics.log_probs, statistics.entropy)
