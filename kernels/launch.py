@@ -51,9 +51,7 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("rms_norm", "any", "interpreter"): Launch({"BLOCK_M": 64}),
     # Heads of 256 or 512: a tile of tokens by one head.
     ("qk_norm_rope", "256", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
-    # 2 warps load 16 bytes a thread; sm_90 was timed with 4.
     ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 2}, num_warps=2),
-    ("qk_norm_rope", "512", "sm_90"): Launch({"BLOCK_M": 2}, num_warps=4),
     ("qk_norm_rope", "any", "any"): Launch({"BLOCK_M": 16}, num_warps=4),
     # A warp of 64 threads has twice the lanes to fill with 16 bytes each.
     ("qk_norm_rope", "256", "gfx942"): Launch({"BLOCK_M": 8}, num_warps=2),

@@ -88,13 +88,6 @@ EXPECTED = (
         "a number a thread, of rows that are shorter than any language model's of the family",
     ),
     Expected(
-        ("_qk_norm_rope_fwd_kernel", "_qk_norm_rope_bwd_kernel"),
-        ("sm_90",),
-        ("HALF", 256),
-        _NARROW,
-        "8 bytes a thread, as it was timed",
-    ),
-    Expected(
         tuple(f"_attention_{name}_kernel" for name in ("fwd", "output", "dq", "dkdv")),
         ("sm_100",),
         None,
