@@ -1,6 +1,9 @@
 """How far a patched result may be from its reference, and whether it is.
 
-In float32 the reference is stock itself: relative L2 error at most 1e-5 per tensor.
+In float32 the reference is stock itself: relative L2 error at most 1e-5 per tensor. A gradient whose terms cancel is
+not known to 1e-5: stock's attention implementations, exact alike, then differ by more than that, too. Where 6 times
+their difference is more (2 times for the logits, 4 times for all gradients as one vector), that is the limit. On tiny
+models errors were 1 to 4 times the difference.
 
 In 16 bits the reference is the same model in float32, and stock's own distance from it is the measure. Over many seeds
 a faithful kernel's error is at most 1.1 times stock's, and that is what fastgemma's tests ask for. One batch is one
@@ -46,8 +49,9 @@ _BLUNT = 0.5
 # What a report says of each rule: exact in float32, against the truth, against stock.
 RULES = {
     "float32": (
-        "Rule: float32, patched against stock: relative L2 error of every tensor at most 1e-5; gradients that are zero "
-        "stay zero."
+        "Rule: float32, patched against stock: relative L2 error of every tensor at most 1e-5, or, of a gradient that "
+        "is not known as well as that, at most 6 times what stock's `eager` and `sdpa` differ by; gradients that are "
+        "zero stay zero."
     ),
     "truth": (
         "Rule: errors are against the same model in float32, and measured by stock's own (the larger one of its "
@@ -110,7 +114,8 @@ class Factors(NamedTuple):
 class Yardstick:
     """A reference, and what a result may differ from it by.
 
-    `noise` holds the distances of stock results from the reference, by tensor; none of them in float32.
+    `noise` holds the distances of stock results from the reference, by tensor. `floor` is a relative error that is
+    always granted.
     """
 
     reference: Result
@@ -120,6 +125,7 @@ class Yardstick:
     logits: Factors  # also for the loss
     whole: Factors  # for all gradients as one vector, whose largest error says nothing
     single: Factors  # for one gradient
+    floor: float = 0.0
 
     @property
     def blunt(self) -> bool:
@@ -156,16 +162,18 @@ class Yardstick:
         return replace(self, reference=stock, logits=logits, whole=whole, single=single)
 
     def _tensor(self, found: Distance, noise: list[Distance], factors: Factors) -> TensorErrors:
-        if not noise:
-            return TensorErrors(found.relative, FLOAT32_LIMIT, found.largest, math.inf, None)
-        stock = max(each.relative for each in noise)
+        stock = max((each.relative for each in noise), default=None)
+        if self.floor:
+            limit = max(self.floor, factors.error * (stock or 0.0))
+            return TensorErrors(found.relative, limit, found.largest, math.inf, stock)
+        assert stock is not None
         ulp = self.eps * 2.0 ** math.floor(math.log2(found.scale)) if found.scale > 0 else 0.0
         largest = max(each.largest for each in noise)
         largest = factors.largest * largest + ulp if largest > 0 else ulp
         return TensorErrors(found.relative, factors.error * stock, found.largest, largest, stock)
 
     def _loss(self, found: Distance) -> TensorErrors:
-        if not self.noise:
+        if self.floor:
             return self._tensor(found, [], self.logits)
         stock = max(noise[LOSS].relative for noise in self.noise)
         logit = max(noise[LOGITS].error for noise in self.noise) / math.sqrt(self.reference[LOGITS].numel())
@@ -181,9 +189,11 @@ def _distances(result: Result, reference: Result, device: torch.device) -> dict[
     return {name: distance(value, reference[name], device) for name, value in result.items()}
 
 
-def exact_in_float32(stock: Result, device: torch.device) -> Yardstick:
-    none = Factors(0.0, 0.0)
-    return Yardstick(stock, (), device, 2.0**-23, none, none, none)
+def in_float32(stock: Result, other: Result | None, device: torch.device) -> Yardstick:
+    """`other` is stock's other attention implementation, where it fits into memory."""
+    noise = () if other is None else (_distances(other, stock, device),)
+    single, whole = Factors(6.0, math.inf), Factors(4.0, math.inf)
+    return Yardstick(stock, noise, device, 2.0**-23, Factors(2.0, math.inf), whole, single, FLOAT32_LIMIT)
 
 
 def against_truth(truth: Result, stock: list[Result], device: torch.device, eps: float) -> Yardstick:

@@ -175,7 +175,10 @@ class _Verifier:
         dropout = None
         if has_dropout:
             notes.append("Dropout was off, but in the line that says otherwise: there the masks are stock's.")
-            yardstick = yardstick.beside(self._run(base), from_truth)
+            if self.dtype == torch.float32:
+                yardstick, _ = self._yardstick(self._run(base), base, [])
+            else:
+                yardstick = yardstick.beside(self._run(base), from_truth)
             dropout, _ = self._judged(self.settings, yardstick, list(api.FEATURES))
         return VerifyReport(
             features,
@@ -200,10 +203,10 @@ class _Verifier:
                 "there is nothing to compare with. Training on it would fail with stock code too: check the batch, and "
                 "use bfloat16 instead of float16."
             )
-        if self.dtype == torch.float32:
-            return judge.exact_in_float32(stock, self.device), False
-        eps = torch.finfo(self.dtype).eps
         other = self._other_attention(settings)
+        if self.dtype == torch.float32:
+            return judge.in_float32(stock, other, self.device), False
+        eps = torch.finfo(self.dtype).eps
         problem = truth.truth_problem(self.model, self.device, self._activation_bytes())
         if problem is None:
             try:

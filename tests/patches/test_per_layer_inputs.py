@@ -172,7 +172,7 @@ def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> Non
         ids = inputs.pop("input_ids")
         with torch.no_grad():
             inputs["inputs_embeds"] = text.embed_tokens(ids).detach()
-            inputs["per_layer_inputs"] = text.get_per_layer_inputs(ids)
+            inputs["per_layer_inputs"] = text.get_per_layer_inputs(ids, None)
         caught = [inputs["inputs_embeds"].requires_grad_()]
 
     def both() -> dict[str, torch.Tensor]:

@@ -36,8 +36,8 @@ def small(name: str = "31b", **overrides: Any) -> torch.nn.Module:
     return structures.build(name, layer_types=["sliding_attention", "full_attention"], **overrides)
 
 
-def batch(kind: str = "padding") -> dict[str, Any]:
-    return structures.batch(kind, seq_len=8)
+def batch(kind: str = "padding", device: torch.device | None = None) -> dict[str, Any]:
+    return structures.batch(kind, seq_len=8, device=device or torch.device("cpu"))
 
 
 def only(*features: str) -> None:
@@ -182,6 +182,18 @@ def test_everything_is_restored_after_an_interruption(interruption, call, device
     assert state(model) == before
 
 
+def test_what_float32_does_not_know_to_1e_5_is_judged_by_stock(device):
+    def result(error: float) -> dict[str, torch.Tensor]:
+        off = torch.tensor([1.0, error], device=device)
+        return {"loss": torch.ones((), device=device), "logits": torch.ones(2, device=device), "weight": off}
+
+    for other, ok in ((None, False), (0.0, False), (4e-6, False), (6e-6, True)):
+        noise = None if other is None else result(other)
+        errors = judge.in_float32(result(0.0), noise, device).judge(result(3e-5))
+        assert errors["weight"].ok == ok and errors["loss"].limit == errors["logits"].limit == 1e-5
+        assert judge.in_float32(result(0.0), noise, device).judge(result(9e-6))["weight"].ok
+
+
 def test_fp16_is_judged_by_the_float32_model(device, monkeypatch):
     only("geglu")
     model = adapted(small()).half().to(device)
@@ -239,13 +251,14 @@ def test_running_out_of_memory(device, monkeypatch):
 def test_the_float32_model_is_the_model_in_float32(name, device):
     """Of a model without frozen weights it is `model.float()`; frozen weights, upcast in passing, give the same."""
     model = structures.build(name).bfloat16().to(device).train()
-    sample = measure.sample_logits(batch(), structures.VOCAB)
+    inputs = batch(device=device)
+    sample = measure.sample_logits(inputs, structures.VOCAB)
     model.requires_grad_(False)
     model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     with truth.in_float32(model):
-        found = measure.run(model, batch(), sample)
+        found = measure.run(model, inputs, sample)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    expected = measure.run(model.float(), batch(), sample)
+    expected = measure.run(model.float(), inputs, sample)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert measure.distance(found[key], value, torch.device("cpu")).relative <= 1e-6, key
@@ -255,10 +268,11 @@ def test_the_float32_model_dequantises_as_bitsandbytes_does(device):
     model = small("e2b", num_kv_shared_layers=0)
     structures.quantize(model)
     model = adapted(model).to(device).train()
-    sample = measure.sample_logits(batch(), structures.VOCAB)
-    expected = measure.run(model, batch(), sample)  # computes in float32 already
+    inputs = batch(device=device)
+    sample = measure.sample_logits(inputs, structures.VOCAB)
+    expected = measure.run(model, inputs, sample)  # computes in float32 already
     with truth.in_float32(model):
-        found = measure.run(model, batch(), sample)
+        found = measure.run(model, inputs, sample)
     for key, value in expected.items():
         assert measure.distance(found[key], value, torch.device("cpu")).relative <= 1e-5, key
     only("lora")
