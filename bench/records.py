@@ -41,6 +41,7 @@ IDENTITY = (
     "offload",
     "autocast",
     "cap_gib",
+    "pytorch_alloc_conf",
     "op",
     "shape",
     "dtype",
