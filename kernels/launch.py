@@ -146,11 +146,14 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def launch(kernel: str, shape_class: str, device: torch.device, head_dim: int | None = None) -> Launch:
-    """The most specific row of the table for this kernel, shape class and device, with pieces within `head_dim`."""
+    """The most specific row of the table for this kernel, shape class and device, with pieces within `head_dim`.
+
+    A row for this shape class on any device comes before one for any shape on this device.
+    """
     arch = architecture(device)
-    fallbacks = ("interpreter",) if arch == "interpreter" else (arch, "any")
-    for candidate in fallbacks:
-        for shape in (shape_class, "any"):
+    devices = ("interpreter",) if arch == "interpreter" else (arch, "any")
+    for shape in (shape_class, "any"):
+        for candidate in devices:
             row = TABLE.get((kernel, shape, candidate))
             if row is not None:
                 return row if head_dim is None else row.within_heads(head_dim)

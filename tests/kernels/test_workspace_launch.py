@@ -143,6 +143,7 @@ def test_most_specific_row_wins(on, monkeypatch):
         ("made_up", "256", "any"): Launch({"BLOCK": 2}),
         ("made_up", "any", "sm_89"): Launch({"BLOCK": 4}),
         ("made_up", "256", "sm_89"): Launch({"BLOCK": 8}),
+        ("made_up", "any", "sm_86"): Launch({"BLOCK": 32}),
         ("made_up", "any", "interpreter"): Launch({"BLOCK": 16}),
     }
     for key, row in rows.items():
@@ -152,6 +153,7 @@ def test_most_specific_row_wins(on, monkeypatch):
         ("256", "sm_90"): 2,
         ("512", "sm_89"): 4,
         ("256", "sm_89"): 8,
+        ("256", "sm_86"): 2,
         ("256", "interpreter"): 16,
     }
     for (shape, arch), block in expected.items():
