@@ -3,6 +3,7 @@
 # `make test-matrix` runs the tests that know the libraries with each supported transformers, the first of them with the
 # oldest peft, trl and bitsandbytes.
 # `make gate` compiles every launch for cards that are not there; `make gate-all` does so with every Triton below.
+# `make test-upstream` runs transformers' own tests of its models, from its source distribution, on Gemma 4, patched.
 # `make mutation` perturbs the kernels, and lists what their tests do not notice.
 PYTHON ?= python3
 TEST_ENV := .venv/test
@@ -14,7 +15,7 @@ OLDEST := transformers==5.15.0 peft==0.21.0 trl==1.15.0 bitsandbytes==0.50.0
 TRITONS := 3.4.0 3.5.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 PYTEST := OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest
 
-.PHONY: demo test test-fast test-matrix gate gate-all mutation bench report lint clean
+.PHONY: demo test test-fast test-matrix test-upstream gate gate-all mutation bench report lint clean
 
 demo: $(DEMO_ENV)/.installed
 	$(DEMO_ENV)/bin/python -m fastgemma demo --output demo_output
@@ -29,6 +30,13 @@ test-matrix: $(TRANSFORMERS:%=.venv/with-%/.installed)
 	status=0; for version in $(TRANSFORMERS); do \
 		OMP_NUM_THREADS=1 .venv/with-$$version/bin/python -m pytest -n 2 tests/patches tests/regression || status=1; \
 	done; exit $$status
+
+test-upstream: $(TEST_ENV)/.installed
+	$(TEST_ENV)/bin/python -m pip install --quiet parameterized
+	rm -rf .upstream
+	$(TEST_ENV)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest .upstream \
+		transformers==$$($(TEST_ENV)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))')
+	OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python tests/upstream.py .upstream/transformers-*.tar.gz
 
 gate: $(TEST_ENV)/.installed
 	PYTHONPATH=. $(TEST_ENV)/bin/python tests/portability/gate.py
@@ -56,7 +64,7 @@ lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/mypy
 
 clean:
-	rm -rf .venv .gate_cache .mutation build dist *.egg-info demo_output
+	rm -rf .venv .gate_cache .mutation .upstream build dist *.egg-info demo_output
 
 # Some packages of its own; everything else is the test environment's, which comes later in Python's path.
 define OVER_TEST_ENV

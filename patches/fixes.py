@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,8 +47,9 @@ def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) 
 
 
 def _is_reentrant(layer: nn.Module) -> bool:
-    keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", None)
-    return keywords is not None and keywords.get("use_reentrant") is not False  # unset, torch takes it as True
+    # What transformers sets; whatever a user puts in its place is not known to be reentrant.
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    return isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True) is not False
 
 
 def _refuse_reentrant(model: Any) -> None:

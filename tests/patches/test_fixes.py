@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -104,6 +105,17 @@ def test_reentrant_checkpointing_from_before_is_refused(kwargs: dict[str, Any]) 
         model.eval()(**batch)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         assert not wrong(gradients(model), gradients(structures.build("e2b")))
+
+
+def test_a_wrapped_checkpoint_function_is_let_through() -> None:
+    """As transformers' own tests do it, with a mock, whose every attribute is something."""
+    model = structures.build("e2b")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layer = model.model.layers[0]
+    layer._gradient_checkpointing_func = Mock(side_effect=layer._gradient_checkpointing_func)
+    with fastgemma.patched(**CHECKPOINTING):
+        assert not wrong(gradients(model), gradients(structures.build("e2b")))
+    assert layer._gradient_checkpointing_func.called
 
 
 def test_kbit_preparation_with_its_default_is_not_reentrant() -> None:
