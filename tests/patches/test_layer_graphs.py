@@ -18,7 +18,7 @@ from torch import nn
 
 import fastgemma
 from fastgemma.kernels import graph_replay
-from fastgemma.patches import layer_graphs
+from fastgemma.patches import layer_graphs, layer_recordings
 from fastgemma.patches.table import ENGINE
 
 # How attention runs is no question of most tests here, and over intervals of keys it takes the interpreter long.
@@ -246,8 +246,10 @@ def test_a_frozen_parameter_in_place_is_read_in_place(warm: nn.Module) -> None:
 
 def test_a_layer_is_read_anew_only_where_it_changed(warm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    original = layer_graphs.read_before
-    monkeypatch.setattr(layer_graphs, "read_before", lambda layer, *args: read.append(layer) or original(layer, *args))
+    original = layer_recordings.read_before
+    monkeypatch.setattr(
+        layer_recordings, "read_before", lambda layer, *args: read.append(layer) or original(layer, *args)
+    )
     expected = step(warm)
     assert read == []
     layers(warm)[1].mlp.register_forward_hook(lambda *args: None).remove()
@@ -377,7 +379,7 @@ def test_eager_attention_is_replayed_over_intervals_alone(warm: nn.Module) -> No
 
 @pytest.mark.slow
 def test_large_trained_weights_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_graphs, "_MAX_TRAINED_BYTES", 100)
+    monkeypatch.setattr(layer_recordings, "_MAX_TRAINED_BYTES", 100)
     model = build()
     with fastgemma.patched(**OVER_MASKS):
         for _ in range(4):
@@ -437,7 +439,7 @@ def arenas(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 
 @pytest.mark.slow
 def test_few_recordings_are_kept(arenas: list[weakref.ref[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_graphs, "_MAX_GRAPHS", 2)
+    monkeypatch.setattr(layer_recordings, "_MAX_GRAPHS", 2)
     model = one_layer()
     with fastgemma.patched(**OVER_MASKS):
         for length, times in ((9, 4), (10, 5), (11, 10)):

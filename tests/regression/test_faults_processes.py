@@ -25,7 +25,7 @@ import fastgemma
 from fastgemma import api
 from fastgemma.kernels.backend import Kernel
 from fastgemma.patches.engine import Engine
-from fastgemma.patches.layer_graphs import LayerGraphs
+from fastgemma.patches.layer_recordings import LayerGraphs
 
 SHAPE: dict[str, Any] = {"layer_types": ["full_attention"], "num_kv_shared_layers": 0}
 OFF = {("off", None)}
