@@ -4,7 +4,8 @@
 
 The truth is the same model in float32 on stock code, its weights being those that the 16-bit model has (4-bit ones as
 bitsandbytes dequantises them): what is left is the rounding of arithmetic. The errors are relative L2 errors of the
-logits, of all gradients as one vector, and of every single gradient; of several seeds, each with weights, adapters and
+logits, of all gradients as one vector, of those of the projections that make keys and values for other layers (their
+gradient is a sum over these layers), and of every single gradient; of several seeds, each with weights, adapters and
 tokens of its own, the root of the mean square counts.
 
 The five structures are the tiny ones of the test suite; `e2b` is the published shape, 35 layers deep. Its weights are
@@ -45,6 +46,7 @@ _PATCHED = {name: default for name, (default, _) in api.FEATURES.items()} | {
     "per_layer_embeddings": "gpu",
 }
 _STOCK = dict.fromkeys(api.FEATURES, False)
+_WHOLE, _SHARED = "all gradients", "gradients of shared keys and values"
 
 Setup = tuple[nn.Module, dict[str, Any]]  # a model, and a batch for it
 
@@ -115,32 +117,44 @@ def distances(model: Any, batch: dict[str, Any], device: torch.device) -> dict[s
             patched = measure.run(model, batch, sample)
         with api.patched(**_STOCK), truth.in_float32(model):
             exact = measure.run(model, batch, sample)
-    return {
+    found = {
         name: (measure.distance(patched[name], tensor, device), measure.distance(stock[name], tensor, device))
         for name, tensor in exact.items()
         if tensor.any()
     }
+    makers = tuple(
+        f"{name}.{projection}."
+        for name, module in model.named_modules()
+        if getattr(module, "store_full_length_kv", False)
+        for projection in ("k_proj", "v_proj")
+    )
+    gradients = {name: pair for name, pair in found.items() if name not in (LOSS, LOGITS)}
+    shared = [pair for name, pair in gradients.items() if name.startswith(makers)]
+    for group, pairs in ((_WHOLE, list(gradients.values())), (_SHARED, shared)):
+        if pairs:
+            ours, theirs = (measure.pooled(side) for side in zip(*pairs))
+            found[group] = ours, theirs
+    return found
 
 
 def summarise(seeds: list[dict[str, tuple[Distance, Distance]]]) -> dict[str, Any]:
     """A record's figures."""
     squares: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for found in seeds:
-        gradients = [pair for name, pair in found.items() if name not in (LOSS, LOGITS)]
-        whole = tuple(measure.pooled(side) for side in zip(*gradients))
-        for name, (patched, stock) in {**found, "gradient": whole}.items():
+        for name, (patched, stock) in found.items():
             squares[name].append((patched.relative**2, stock.relative**2))
     roots = {name: [math.sqrt(sum(side) / len(side)) for side in zip(*each)] for name, each in squares.items()}
-    ratios = {
-        name: patched / stock for name, (patched, stock) in roots.items() if name not in (LOSS, "gradient") and stock
-    }
-    singles = {name: ratio for name, ratio in ratios.items() if name != LOGITS}
+    several = (LOSS, LOGITS, _WHOLE, _SHARED)
+    singles = {name: patched / stock for name, (patched, stock) in roots.items() if name not in several and stock}
     worst = max(singles, key=singles.__getitem__)
     return {
         "logits_error": roots[LOGITS][0],
         "logits_stock_error": roots[LOGITS][1],
-        "gradient_error": roots["gradient"][0],
-        "gradient_stock_error": roots["gradient"][1],
+        "gradient_error": roots[_WHOLE][0],
+        "gradient_stock_error": roots[_WHOLE][1],
+        # None where no layer has keys and values for others.
+        "shared_kv_gradient_error": roots[_SHARED][0] if _SHARED in roots else None,
+        "shared_kv_gradient_stock_error": roots[_SHARED][1] if _SHARED in roots else None,
         "gradients": len(singles),
         "gradients_within_1.1": sum(ratio <= 1.1 for ratio in singles.values()),
         "worst_gradient": worst,

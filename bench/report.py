@@ -266,7 +266,9 @@ def fidelity(found: list[Record]) -> str:
     chosen = sorted((record for record in found if record.get("bench") == "fidelity"), key=_order)
 
     def error(record: Record, what: str) -> str:
-        own, stock = record[f"{what}_error"], record[f"{what}_stock_error"]
+        own, stock = (record.get(f"{what}_{whose}") for whose in ("error", "stock_error"))
+        if own is None or stock is None:
+            return "-"
         return f"{own:.1e} / {stock:.1e} = {own / stock:.2f}"
 
     def body(group: list[Record]) -> str:
@@ -277,13 +279,14 @@ def fidelity(found: list[Record]) -> str:
                 _number(record["seeds"]),
                 error(record, "logits"),
                 error(record, "gradient"),
+                error(record, "shared_kv_gradient"),
                 f"{record['worst_gradient_ratio']:.2f}",
                 f"{record['gradients_within_1.1']} of {record['gradients']}",
             ]
             for record in group
         ]
         head = ["Model", "trained", "seeds", "logits: patched / stock", "gradients: patched / stock"]
-        return _table([*head, "worst gradient", "within 1.1"], rows)
+        return _table([*head, "of shared keys and values", "worst gradient", "within 1.1"], rows)
 
     return _by_gpu(chosen, body)
 
