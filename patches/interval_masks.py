@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastgemma.kernels.attention import attention_problem, compile_attention_ahead
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
+from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.host_copies import host_copy
 from fastgemma.patches.projections import Unsupported
 
@@ -48,9 +49,8 @@ class IntervalMask:
         return self
 
     def dense(self, implementation: str, query: torch.Tensor) -> torch.Tensor:
-        """The mask as stock attention reads it, [batch, 1, seq_len, seq_len]; rows without keys attend to all."""
+        """The mask as stock attention reads it, [batch, 1, seq_len, seq_len]."""
         keep = self.on(query.device).dense()[:, None]
-        keep = keep | ~keep.any(-1, keepdim=True)
         if implementation != "eager":
             return keep
         return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~keep, torch.finfo(query.dtype).min)
@@ -92,9 +92,12 @@ class IntervalMasks:
         _check(model, given, reference)
         batch, seq_len = reference.shape[:2]
         config = model.config.get_text_config()
-        padding = _padding(given.get("attention_mask"), batch, seq_len)
+        padding = _padding(given.get("attention_mask"), batch, seq_len, config._attn_implementation)
         documents = _documents(model, given, batch, keep_apart)
         blocks, everywhere = _blocks(model, config, given, reference)
+        if documents is not None and blocks is not None and not keep_apart:
+            # Stock looks images up by positions that restart with every document, or lets them reach across documents.
+            raise Unsupported("images in packed rows")
         stream = torch.cuda.current_stream(reference.device).cuda_stream if reference.is_cuda else 0
         key = (batch, seq_len, reference.device, stream, config.sliding_window)
         plain = padding is None and documents is None and blocks is None
@@ -182,7 +185,7 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
             raise Unsupported("attention dropout")
 
 
-def _padding(mask: Any, batch: int, seq_len: int) -> torch.Tensor | None:
+def _padding(mask: Any, batch: int, seq_len: int, implementation: str = "sdpa") -> torch.Tensor | None:
     """The padding mask, or None where nothing is padding."""
     if mask is None:
         return None
@@ -198,6 +201,9 @@ def _padding(mask: Any, batch: int, seq_len: int) -> torch.Tensor | None:
     one_run = (changes <= 1) | ((changes == 2) & ~tokens[:, 0])
     if not bool(one_run.all()):
         raise Unsupported("padding between tokens")
+    # Rows without keys are zeros, but means of all values in stock's eager attention: on the left they predict a token.
+    if implementation == "eager" and not bool(tokens[:, 0].all()):
+        raise Unsupported("padding on the left under eager attention")
     return mask
 
 
@@ -232,5 +238,7 @@ def _blocks(
         return None, False
     if types.shape != reference.shape[:2]:
         raise Unsupported("token types of another length")
-    module = importlib.import_module(type(model).__module__)
-    return module.get_block_sequence_ids_for_mask(types, device=reference.device), "unified" in type(model).__module__
+    # A subclass, such as sharding makes, is defined elsewhere.
+    family = next(base.__module__ for base in type(model).__mro__ if base.__module__ in FAMILIES.values())
+    blocks = importlib.import_module(family).get_block_sequence_ids_for_mask(types, device=reference.device)
+    return blocks, family == FAMILIES["Gemma4Unified"]
