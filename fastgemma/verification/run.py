@@ -212,8 +212,7 @@ class _Verifier:
             try:
                 with truth.in_float32(self.model):
                     exact = self._run(settings)
-                both = [stock] if other is None else [stock, other]
-                return judge.against_truth(exact, both, self.device, eps), True
+                return judge.against_truth(exact, stock, other, self.device, eps), True
             except torch.OutOfMemoryError:
                 self._drop_gradients()
                 problem = "the GPU's memory ran out"

@@ -194,6 +194,19 @@ def test_what_float32_does_not_know_to_1e_5_is_judged_by_stock(device):
         assert judge.in_float32(result(0.0), noise, device).judge(result(9e-6))["weight"].ok
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_function_is_no_yardstick(dtype, device):
+    """Padding on the left predicts the first token, under `eager` from the mean of all values."""
+    only("geglu")
+    model = adapted(small()).to(dtype).to(device)
+    given = structures.batch("padding", seq_len=8)
+    given["attention_mask"] = given["attention_mask"].flip(1)
+    given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    report = fastgemma.verify(model, given)
+    assert report.ok and report.features["geglu"].verdict == "exact", report
+    assert report["gradient"].limit <= (1e-5 if dtype == torch.float32 else 5e-2), report
+
+
 def test_fp16_is_judged_by_the_float32_model(device, monkeypatch):
     only("geglu")
     model = adapted(small()).half().to(device)
