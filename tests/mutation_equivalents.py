@@ -16,6 +16,7 @@ def _same(reason: str, *changes: Change) -> dict[Change, str]:
 
 
 NAN = "float('nan')"
+_SUM = "(tl.abs(tl.sum(tl.sum(x, axis=1), axis=0)) {} float('inf'))"
 
 EQUIVALENT: dict[Change, str] = {
     **_same(
@@ -184,7 +185,30 @@ EQUIVALENT: dict[Change, str] = {
         ("_sum_rows", "x = tl.load(x_ptrs, mask=mask[:, None], other={0.0})", NAN),
     ),
     **_same(
+        "slower, the same numbers: there is a second pass where none is needed",
+        ("all_finite", 'return {tl.abs(tl.sum(tl.sum(x, axis=1), axis=0)) < float("inf")}', _SUM.format(">=")),
+    ),
+    **_same(
+        "an infinity that came of a weight of 0 is a NaN, so what is infinite alone is what a second pass would give",
+        ("all_finite", 'return {tl.abs(tl.sum(tl.sum(x, axis=1), axis=0)) < float("inf")}', _SUM.format("<=")),
+    ),
+    **_same(
+        "programs with an even and an odd number change places",
+        ("_attention_dkdv_kernel", "if {for_k == 1}:", "(not for_k == 1)"),
+        ("_attention_dkdv_kernel", "if {for_k == 1}:", "(for_k != 1)"),
+    ),
+    **_same(
+        "a missing row holds zeros, which are finite",
+        ("_sum_rows", "hi = tl.load(hi_ptr + positions, mask=mask, other={0})", "1"),
+    ),
+    **_same(
         "slower, the same numbers: the first pass looks for what is not finite already",
+        ("_attention_fwd_kernel", "lo, hi, seq_len, scale_log2, True, {False}, KEY_STRIDE, BLOCK_N,", "True"),
+        (
+            "_attention_output_kernel",
+            "seq_len, {False}, KV_HEADS * HEAD_DIM, DIMS, BLOCK_M, BLOCK_N, BLOCK_K,",
+            "True",
+        ),
         (
             "_attention_dq_kernel",
             "first, end, ds_rows, k_base, lo, hi, seq_len, n_slots, {False}, KV_HEADS * HEAD_DIM, DIMS, BLOCK_M, "

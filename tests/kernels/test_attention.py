@@ -22,6 +22,7 @@ from kernel_checks import (
     fresh,
     gpu,
     record_launches,
+    relative_error,
     same_bits,
 )
 
@@ -67,9 +68,9 @@ def check(inputs: dict[str, Any], intervals: KeyIntervals, scale: float = 0.3, l
 SMALL = {
     "fwd": {"BLOCK_M": 64, "BLOCK_N": 32},
     "scores": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
-    "output": {"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16},
+    "output": {"BLOCK_M": 64, "BLOCK_K": 16, "DIMS": 16},
     "ds": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
-    "dq": {"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16},
+    "dq": {"BLOCK_M": 64, "BLOCK_K": 16, "DIMS": 16},
     "dkdv": {"BLOCK_N": 32, "BLOCK_K": 32, "DIMS": 16},
 }
 
@@ -140,6 +141,33 @@ def test_padding_documents_and_blocks(window: int | None, device: torch.device) 
     blocks = torch.full((4, 40), -1)
     blocks[0, 3:30], blocks[1, 35:], blocks[2, :] = 0, 5, 1
     check(inputs, key_intervals(4, 40, device, window, blocks=blocks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_a_batch_have_intervals_of_their_own(dtype: torch.dtype, device: torch.device) -> None:
+    """Of several groups, of a size that does not divide a tile of rows; the first begins later than the second."""
+    padding = torch.ones(2, 70)
+    padding[0, :40] = 0
+    intervals = key_intervals(2, 70, device, 25, padding_mask=padding)
+    inputs = make(2, 70, 6, 2, 16, device, dtype)
+    if dtype == torch.float32:
+        check(inputs, intervals)
+        return
+    dout = fresh(2, 70, 6, 16, device=device, dtype=dtype, grad=False)
+    truth = evaluate(run(attention_reference, intervals, 0.3), double(inputs), [double(dout)])
+    for name, value in evaluate(run(attention, intervals, 0.3), inputs, [dout]).items():
+        assert relative_error(value, truth[name]) <= 2e-3, name
+
+
+def test_tiles_of_rows_before_the_first_that_attends(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows begin at a multiple of 64 positions, in the middle of a tile that nothing is written for else."""
+    for architecture in ("interpreter", launch_module.architecture(device)):
+        row = Launch({**SMALL["ds"], "BLOCK_M": 128})
+        monkeypatch.setitem(launch_module.TABLE, ("attention_ds", "any", architecture), row)
+    launch_module.launch.cache_clear()
+    lo, hi = torch.zeros(1, 150, dtype=torch.int32), torch.ones(1, 150, dtype=torch.int32)
+    lo[0, 109:], hi[0, 109:] = 32, 64
+    check(make(1, 150, 3, 1, 16, device), KeyIntervals(lo.to(device), hi.to(device), causal=False))
 
 
 @few_examples
