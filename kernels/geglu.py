@@ -15,10 +15,10 @@ Source: Shazeer, "GLU Variants Improve Transformer" (2020); Hendrycks and Gimpel
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import as_rows, cdiv, check_dtype, jit, kernel, runs_kernel, tl
 from fastgemma.kernels.launch import Launch, launch
+from fastgemma.kernels.once_differentiable import once_differentiable
 
 
 @jit

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from fastgemma.kernels.once_differentiable import once_differentiable
 
 Tensors = Sequence[torch.Tensor | None]
 # (inputs, constants, trained) -> outputs

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels._autograd import (
     backward_without_autocast,
@@ -47,6 +46,7 @@ from fastgemma.kernels._lora_products import (
     without_autocast,
 )
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4_reference
+from fastgemma.kernels.once_differentiable import once_differentiable
 
 __all__ = [
     "Adapter",

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels._autograd import (
     backward_without_autocast,
@@ -47,6 +46,7 @@ from fastgemma.kernels._lora_products import (
 from fastgemma.kernels.backend import cdiv
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
+from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.workspace import workspace_bytes
 
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels._autograd import (
     backward_without_autocast,
@@ -47,6 +46,7 @@ from fastgemma.kernels.backend import as_rows, runs_kernel
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
 from fastgemma.kernels.lora_mlp import MLP, check_mlp, lora_mlp_reference, mlp_bwd, mlp_fwd
+from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference, rms_norm_residual_reference
 
 

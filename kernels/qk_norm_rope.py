@@ -20,9 +20,9 @@ Source: Su et al., "RoFormer" (2021); Zhang and Sennrich (2019); `Gemma4TextAtte
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgemma.kernels.backend import as_rows, check_dtype, runs_kernel
+from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.qk_norm_rope_launch import Angles, Heads, qk_norm_rope_bwd, qk_norm_rope_fwd
 
 

@@ -15,7 +15,7 @@ from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.patches import projections
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, plain, unusable
+from fastgemma.patches.guards import hooked, is_stock, plain, unusable
 from fastgemma.patches.interval_masks import IntervalMask, takes_intervals
 
 
@@ -51,6 +51,9 @@ def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch
     for norm in norms:
         if hooked(norm):
             return "hooks on a norm"
+        kind: Any = type(norm)
+        if not is_stock(kind):
+            return "a norm of another class"
         weight = norm._parameters.get("weight")
         if weight is not None and (not plain(weight) or weight.device != x.device):
             return "norm weight that is sharded or elsewhere"

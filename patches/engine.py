@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import sys
 import textwrap
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,15 +43,28 @@ class Op:
     fallbacks: Counter[str] = field(default_factory=Counter)
     release: Callable[[], None] | None = None  # gives back what it holds, when it is switched off
 
+    def __post_init__(self) -> None:
+        _ops[self.feature, self.target] = self
+
     def fast(self, calls: int = 1) -> None:
         """Counts calls that ran our path. Compiled code is not counted: a counter would be a graph break."""
         if not torch.compiler.is_compiling():
             self.fast_calls += calls
 
     def fallback(self, reason: str) -> None:
-        """Counts a call that ran the original, and why."""
-        if not torch.compiler.is_compiling():
+        """Counts a call that ran the original, and why; in compiled code only once, when it is compiled."""
+        if torch.compiler.is_compiling():
+            _count_compiled(self.feature, self.target, reason)
+        else:
             self.fallbacks[reason] += 1
+
+
+_ops: weakref.WeakValueDictionary[tuple[str, str], Op] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # so it runs while torch.compile traces what calls it, and never again
+def _count_compiled(feature: str, target: str, reason: str) -> None:
+    _ops[feature, target].fallbacks[reason] += 1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.families import is_gemma4
@@ -18,6 +21,13 @@ from fastgemma.patches.per_layer_inputs import inside_forward
 from fastgemma.patches.projections import Unsupported
 
 logger = logging.getLogger("fastgemma")
+
+# TRL asks for reentrant checkpointing of adapters under ZeRO-3 because of what DeepSpeed up to 0.19.2 does: it empties
+# frozen weights before torch has compared the recomputed ones, and torch stops the backward.
+_UNDER_ZERO3 = (
+    " Under DeepSpeed ZeRO-3 with frozen weights it needs a DeepSpeed newer than 0.19.2: if the backward raises "
+    "CheckpointError, use ZeRO-2 or train without checkpointing."
+)
 
 _TOWERS = r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\b.*"
 
@@ -38,7 +48,8 @@ def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) 
                 op.fast()
                 logger.warning(
                     "fastgemma: reentrant gradient checkpointing loses the gradients of shared keys and values on "
-                    "this model; using use_reentrant=False, which is exact."
+                    "this model; using use_reentrant=False, which is exact.%s",
+                    _UNDER_ZERO3 if is_deepspeed_zero3_enabled() else "",
                 )
             gradient_checkpointing_kwargs = {**gradient_checkpointing_kwargs, "use_reentrant": False}
         return original(self, gradient_checkpointing_kwargs, **kwargs)
@@ -47,20 +58,29 @@ def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) 
 
 
 def _is_reentrant(layer: nn.Module) -> bool:
-    # What transformers sets; whatever a user puts in its place is not known to be reentrant.
+    """Whether a layer is checkpointed, and so that autograd does not see what leaves it beside its output."""
+    if layer.__dict__.get("checkpoint_impl") is CheckpointImpl.REENTRANT:  # torch's CheckpointWrapper, as with FSDP
+        return True
+    if not getattr(layer, "gradient_checkpointing", False):
+        return False
     function = getattr(layer, "_gradient_checkpointing_func", None)
-    return isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True) is not False
+    if isinstance(function, functools.partial):
+        return function.keywords.get("use_reentrant") is not False  # unset, torch takes it as True
+    if function is checkpoint:
+        return True
+    # DeepSpeed's own, beside which it has a `non_reentrant_checkpoint`.
+    name, module = getattr(function, "__name__", ""), getattr(function, "__module__", "")
+    return name == "checkpoint" and module.startswith("deepspeed.")
 
 
 def _refuse_reentrant(model: Any) -> None:
-    layer = model.layers[0] if len(model.layers) else None
-    if layer is None or not (model.training and getattr(layer, "gradient_checkpointing", False)):
+    if not (model.training and torch.is_grad_enabled() and _shares_kv(model)):
         return
-    if torch.is_grad_enabled() and _shares_kv(model) and _is_reentrant(layer):
+    if any(map(_is_reentrant, model.layers)):
         raise PatchError(
             "fastgemma: this model shares keys and values between layers, and reentrant gradient checkpointing was "
-            "enabled on it before fastgemma.patch(): its gradients would be silently wrong. Call "
-            'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+            "enabled on it before or beside fastgemma.patch(): its gradients would be silently wrong. Call "
+            'model.gradient_checkpointing_enable({"use_reentrant": False}) instead.'
         )
 
 

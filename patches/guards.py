@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ def unusable(tensor: torch.Tensor) -> str | None:
         return "no gpu"
     if not HAS_TRITON:
         return "no triton"
+    if torch.compiler.is_compiling():
+        return "compiling"  # stock code is what torch.compile knows how to fuse
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
     if tensor.dtype not in _KERNEL_DTYPES:
         return f"dtype {tensor.dtype}"
     return None
@@ -34,6 +40,17 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+@functools.cache
+def is_stock(kind: Any) -> bool:
+    """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""
+    return kind.__module__.startswith("transformers.models.gemma4")
+
+
+def is_transformers(function: Any) -> bool:
+    """Whether a function is transformers' own, or one of ours or of another library that wraps it."""
+    return str(getattr(inspect.unwrap(function), "__module__", "")).startswith("transformers.")
+
+
 def plain(weight: Any) -> bool:
     """Whether a weight is an ordinary tensor: not a DTensor or another sharded or quantised subclass."""
     return type(weight) in (nn.Parameter, torch.Tensor)
@@ -41,6 +58,6 @@ def plain(weight: Any) -> bool:
 
 def is_gelu_tanh(activation: Any) -> bool:
     """Whether an activation from transformers' ACT2FN is the tanh-approximated GELU."""
-    if isinstance(activation, nn.GELU):
+    if type(activation) is nn.GELU:
         return activation.approximate == "tanh"
     return type(activation).__name__ in ("GELUTanh", "PytorchGELUTanh")

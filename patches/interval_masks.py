@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,6 +19,7 @@ from fastgemma.kernels.attention import attention_problem, compile_attention_ahe
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.patches.families import FAMILIES
+from fastgemma.patches.guards import is_transformers
 from fastgemma.patches.host_copies import host_copy
 from fastgemma.patches.projections import Unsupported
 
@@ -56,14 +58,24 @@ class IntervalMask:
         return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~keep, torch.finfo(query.dtype).min)
 
 
-def is_transformers(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).startswith("transformers.")
-
-
 def takes_intervals(attend: Any) -> Any:
     """Marks a `forward` of an attention class that understands `IntervalMask`."""
     attend.takes_intervals = True
     return attend
+
+
+def _shows_mask(module: nn.Module) -> bool:
+    """Whether a hook of the user's gets the module's keyword arguments. Those of the libraries pass them on."""
+    if not (module._forward_pre_hooks_with_kwargs or module._forward_hooks_with_kwargs):
+        return False
+    return any(
+        not str(getattr(hooks.get(key), "__module__", "")).startswith(("torch.", "transformers.", "accelerate."))
+        for hooks, with_keywords in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        )
+        for key in with_keywords
+    )
 
 
 class IntervalMasks:
@@ -145,6 +157,8 @@ def _compile_ahead(model: Any, config: Any, device: torch.device) -> None:
 def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> None:
     if torch.compiler.is_compiling():
         raise Unsupported("compiling")
+    if torch._C._are_functorch_transforms_active():
+        raise Unsupported("a transform of torch.func")
     device = reference.device
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         raise Unsupported("no gpu")
@@ -164,7 +178,7 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
     # Others may have registered their own under transformers' names, as sequence parallelism does; eager attention is
     # a function of the model's module.
     registered = (ALL_ATTENTION_FUNCTIONS.get(implementation), ALL_MASK_ATTENTION_FUNCTIONS.get(implementation))
-    if not all(function is None or is_transformers(function) for function in registered):
+    if not all(function is None or str(function.__module__).startswith("transformers.") for function in registered):
         raise Unsupported("another attention or mask under transformers' name")
     if config.use_bidirectional_attention == "all" or not getattr(config, "is_causal", True):
         raise Unsupported("bidirectional attention")
@@ -174,9 +188,17 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
             raise Unsupported(name)
     if isinstance(given.get("logits_to_keep", 0), torch.Tensor) or given.get("logits_to_keep", 0) != 0:
         raise Unsupported("logits_to_keep")
+    # Code of the user's that is handed a mask may read it.
     text_model = getattr(model, "language_model", model)
+    if text_model is not model and not is_transformers(text_model.forward):
+        raise Unsupported("another text model")
     for layer in text_model.layers:
+        layer = layer._modules.get("_checkpoint_wrapped_module", layer)  # torch's CheckpointWrapper
+        if not is_transformers(layer.forward):
+            raise Unsupported("another decoder layer")
         attention = layer.self_attn
+        if _shows_mask(layer) or _shows_mask(attention):
+            raise Unsupported("hooks that are handed the mask")
         if not getattr(type(attention).forward, "takes_intervals", False) or "forward" in attention.__dict__:
             raise Unsupported("another attention")
         if not attention.is_causal:

@@ -28,11 +28,11 @@ from fastgemma.kernels.graph_replay import Tensors
 from fastgemma.kernels.workspace import card_bytes
 from fastgemma.patches.attention import attend
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, unusable
+from fastgemma.patches.guards import hooked, is_stock, unusable
 from fastgemma.patches.interval_masks import IntervalMask
 from fastgemma.patches.layer_recordings import IntervalForm, LayerGraphs
 from fastgemma.patches.projections import Unsupported
-from fastgemma.patches.whole_layer import PARTS, count_after, count_before, is_stock
+from fastgemma.patches.whole_layer import PARTS, count_after, count_before
 
 # The host is the limit up to about this many rows for each of the card's multiprocessors. Cards with less memory than
 # this keep it for what must fit.

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastgemma.kernels.linear_cross_entropy import KeptRows, linear_cross_entropy, shift_labels
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, plain, unusable
+from fastgemma.patches.guards import hooked, is_transformers, plain, unusable
 from fastgemma.patches.projections import compute_dtype
 
 
@@ -56,6 +56,8 @@ def make_head_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Calla
             return "no labels"
         if not model.training:
             return "evaluation: logits may be read"
+        if not is_transformers(type(model).forward):
+            return "forward of a subclass: logits may be read"
         if model.loss_function is not ForCausalLMLoss:
             return "custom loss function"
         if kwargs.get("return_dict") is False:

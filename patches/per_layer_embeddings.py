@@ -190,19 +190,32 @@ def make_lookup(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..
 
     def get_per_layer_inputs(self, *args: Any, **kwargs: Any) -> Any:
         table = self.embed_tokens_per_layer
+        if self.training and torch.is_grad_enabled():
+            _refuse_training(table, self.embed_tokens)
         if isinstance(table, HostScaledEmbedding):
-            if self.training and self.embed_tokens.weight.requires_grad and torch.is_grad_enabled():
-                raise PatchError(
-                    "fastgemma: the embeddings are being trained, but the per-layer embedding table was left in the "
-                    "checkpoint file, where it cannot be. Freeze the embeddings (LoRA does), or load the model after "
-                    'fastgemma.patch(per_layer_embeddings="gpu").'
-                )
             op.fast()
         else:
             _move_if_wanted(op, table, self.config)
         return original(self, *args, **kwargs)
 
     return get_per_layer_inputs
+
+
+def _refuse_training(table: Any, tokens: Any) -> None:
+    """Full fine-tuning trains the table with the embeddings of `tokens`, and modules_to_save a copy of it. What PEFT
+    wraps around those embeddings, to train all or some of them, leaves the table frozen in stock too."""
+    if isinstance(table, HostScaledEmbedding):
+        kind: Any = type(tokens)
+        trained = not kind.__module__.startswith("peft.") and tokens.weight.requires_grad
+    else:
+        saved = table._modules.get("modules_to_save")
+        trained = saved is not None and any(isinstance(module, HostScaledEmbedding) for module in saved.values())
+    if trained:
+        raise PatchError(
+            "fastgemma: the embeddings are being trained, but the per-layer embedding table was left in the checkpoint "
+            "file, where it cannot be. Freeze the embeddings (LoRA does), or load the model after "
+            'fastgemma.patch(per_layer_embeddings="gpu").'
+        )
 
 
 def _move_if_wanted(op: Op, table: Any, config: Any) -> None:

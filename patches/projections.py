@@ -157,8 +157,8 @@ def _read(layer: Any, x: torch.Tensor, autocast: torch.dtype | None) -> Projecti
     if not plain(a) or not plain(b):
         raise Unsupported("sharded LoRA factors")
     rate = 0.0
-    if not isinstance(dropout, nn.Identity):
-        if not isinstance(dropout, nn.Dropout):
+    if type(dropout) is not nn.Identity:
+        if type(dropout) is not nn.Dropout:
             raise Unsupported(f"LoRA dropout of type {type(dropout).__name__}")
         rate = dropout.p if dropout.training else 0.0
         if rate >= 1:

@@ -6,7 +6,6 @@ layer runs in parts, and the part that is not exact counts why.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,19 +18,13 @@ from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.patches import projections
 from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_gelu_tanh
+from fastgemma.patches.guards import hooked, is_gelu_tanh, is_stock
 from fastgemma.patches.norms import norm_unusable
 from fastgemma.patches.projections import Projection, Unsupported
 
 # Features that a whole layer is made of.
 PARTS = ("rms_norm", "rope", "geglu", "lora")
 _FEEDFORWARD_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-
-
-@functools.cache
-def is_stock(kind: Any) -> bool:
-    """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""
-    return kind.__module__.startswith("transformers.models.gemma4")
 
 
 def _part(layer: nn.Module, name: str) -> Any:

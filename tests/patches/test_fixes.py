@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +16,8 @@ import torch
 import transformers
 from kernel_checks import FLOAT32_BUDGET, relative_error, same_bits
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -116,6 +119,70 @@ def test_a_wrapped_checkpoint_function_is_let_through() -> None:
     with fastgemma.patched(**CHECKPOINTING):
         assert not wrong(gradients(model), gradients(structures.build("e2b")))
     assert layer._gradient_checkpointing_func.called
+
+
+def _by_torch_s_default(model: nn.Module) -> None:
+    model._set_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+
+
+def _by_deepspeed(model: nn.Module) -> None:
+    def reentrant(function: Any, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=True)
+
+    reentrant.__name__, reentrant.__module__ = "checkpoint", "deepspeed.runtime.activation_checkpointing.checkpointing"
+    model._set_gradient_checkpointing(gradient_checkpointing_func=reentrant)
+
+
+def _every_second_layer(model: nn.Module) -> None:
+    """In a model with towers these are not the first ones."""
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for layer in model.model.layers[::2]:
+        layer.gradient_checkpointing = False
+
+
+def _by_wrappers(model: nn.Module, kind: CheckpointImpl = CheckpointImpl.REENTRANT) -> None:
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=kind)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("enable", [_by_torch_s_default, _by_deepspeed, _every_second_layer, _by_wrappers])
+def test_reentrant_checkpointing_by_other_ways_is_refused(enable: Callable[[nn.Module], None]) -> None:
+    truth = gradients(structures.build("e2b"))
+    model = structures.build("e2b")
+    model.enable_input_require_grads()  # which reentrant checkpointing needs
+    enable(model)
+    assert any("k_proj" in name for name in wrong(unwrapped(gradients(model)), truth))
+    with fastgemma.patched(**CHECKPOINTING), pytest.raises(PatchError, match="shares keys and values.*use_reentrant"):
+        model(**structures.batch("padding"))
+
+
+def unwrapped(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in gradients.items()}
+
+
+def test_wrappers_that_are_not_reentrant_are_left_alone() -> None:
+    truth = gradients(structures.build("e2b"))
+    model = structures.build("e2b")
+    _by_wrappers(model, CheckpointImpl.NO_REENTRANT)
+    before = fastgemma.status()["attention"]
+    with fastgemma.patched(**{**CHECKPOINTING, "attention": True}):
+        assert not wrong(unwrapped(gradients(model)), truth)
+    after = fastgemma.status()["attention"]
+    assert after.fast_calls > before.fast_calls and after.fallbacks == before.fallbacks
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"), reason="transformers before its name"
+)
+def test_the_newer_name_is_fixed_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = structures.build("e2b")
+    with fastgemma.patched(**CHECKPOINTING), caplog.at_level(logging.WARNING, "fastgemma"):
+        model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
+    assert all(function.keywords == {"use_reentrant": False} for function in functions)
+    assert [layer.gradient_checkpointing for layer in model.model.layers[:3]] == [True, False, True]
+    assert len(caplog.records) == 1
 
 
 def test_kbit_preparation_with_its_default_is_not_reentrant() -> None:

@@ -375,6 +375,42 @@ def test_training_the_embeddings_is_refused(checkpoint: Path) -> None:
         model.train()(IDS, labels=IDS).loss.backward()
 
 
+def test_training_a_copy_of_the_table_is_refused(checkpoint: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens_per_layer"])
+    model = peft.get_peft_model(load(checkpoint, dtype=torch.float32), config).train()
+    with fastgemma.patched(**HOST):
+        with pytest.raises(PatchError, match=r'per_layer_embeddings="gpu"'):
+            model(IDS, labels=IDS)
+        with torch.no_grad():
+            model(IDS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [5, 17]},
+        {"trainable_token_indices": {"embed_tokens": [5], "embed_tokens_per_layer": [17]}},
+        {"target_modules": ["embed_tokens", "embed_tokens_per_layer"]},
+    ],
+    ids=["all tokens", "some tokens", "some tokens of both", "lora"],
+)
+def test_embeddings_that_peft_trains(checkpoint: Path, options: dict[str, Any]) -> None:
+    """As for new tokens: what is trained is PEFT's own, the table under it is not."""
+    gradients = []
+    for features in (STOCK, HOST):
+        with fastgemma.patched(**features):
+            model = Gemma4ForCausalLM.from_pretrained(checkpoint)
+            torch.manual_seed(0)
+            config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **options})
+            model = peft.get_peft_model(model, config).train()
+            model(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    stock, ours = gradients
+    assert stock.keys() == ours.keys() and any("embed_tokens" in name for name in stock)
+    assert all(same_bits(ours[name], gradient) for name, gradient in stock.items())
+
+
 def test_kbit_preparation_leaves_it_alone(checkpoint: Path) -> None:
     """PEFT's own, which assigns to the data of every parameter."""
     model = load(checkpoint)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import structures
 import torch
+import torch.distributed as dist
 from distributed_checks import (
     Rank,
     Trained,
@@ -23,6 +24,8 @@ from distributed_checks import (
 )
 from kernel_checks import FLOAT32_BUDGET, relative_error
 from memory_maps import on_linux
+
+import fastgemma
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +100,20 @@ def test_ranks_share_one_copy_of_the_table(checkpoint: Path, run: Run) -> None:
         assert mapping is not None and mapping.path == str(checkpoint / "model.safetensors")
         assert mapping.kib["Rss"] >= table_kib, "not all of its rows were read"
         assert mapping.kib["Private_Dirty"] == mapping.kib["Anonymous"] == 0
+
+
+def test_the_table_is_no_second_kind_of_device_to_ddp(checkpoint: Path, tmp_path: Path) -> None:
+    """DDP takes parameters of one type of device only; the meta device stands in for a GPU."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "rendezvous").as_uri(), rank=0, world_size=1)
+    try:
+        with fastgemma.patched(per_layer_embeddings="host"):
+            model = lora_model(checkpoint).to("meta")
+        table = model.get_base_model().model.embed_tokens_per_layer
+        assert table.weight.device.type == "cpu"
+        # What is on the meta device cannot be sent to other ranks.
+        torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+        table.register_parameter("as_in_stock", torch.nn.Parameter(table.weight))
+        with pytest.raises(ValueError, match="same type of devices"):
+            torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,284 @@
+"""A user's own classes and compiled code inside a patched model: they run as in stock, and it is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import structures
+import torch
+from kernel_checks import FLOAT32_BUDGET, relative_error
+from patch_state import counts
+from torch import nn
+from transformers import Gemma4ForCausalLM
+from transformers.models.gemma4 import modeling_gemma4 as gemma4
+
+import fastgemma
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The last layer reads the keys and values of the first.
+SHAPE: dict[str, Any] = {
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+}
+
+Results = dict[str, torch.Tensor]
+
+
+def build(name: str = "e2b", **overrides: Any) -> Any:
+    return structures.build(name, **{**SHAPE, **overrides}).to(DEVICE)
+
+
+def step(model: nn.Module) -> Results:
+    """Loss and gradients."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model.train()(**structures.batch("padding", seq_len=9, device=DEVICE)).loss
+    loss.backward()
+    grads = {name.replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **{name: grad.clone() for name, grad in grads.items()}}
+
+
+def patched_step(model: nn.Module) -> tuple[Results, dict[str, set[str]]]:
+    """Also the reasons for which each feature ran stock code in it."""
+    before = counts()
+    with fastgemma.patched():
+        results = step(model)
+    reasons = {
+        feature: {reason for reason, n in found.items() if n > before[feature][1].get(reason, 0)}
+        for feature, (_, found) in counts().items()
+    }
+    return results, reasons
+
+
+def assert_equal(actual: Results, expected: Results, budget: float = FLOAT32_BUDGET) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = relative_error(actual[name], value)
+        assert error <= budget, f"{name}: relative error {error:.2e}"
+
+
+# Classes
+
+calls: list[str] = []
+
+
+class OwnNorm(gemma4.Gemma4RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        calls.append("norm")
+        return 1.1 * super().forward(hidden_states).tanh()
+
+
+class OwnLayer(gemma4.Gemma4TextDecoderLayer):
+    """Reads the mask that it is given."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append("layer")
+        mask = kwargs["attention_mask"]
+        seen = 1.0 if mask is None else mask.to(hidden_states.dtype).mean()
+        return super().forward(hidden_states, *args, **kwargs) * (1 + 0.1 * seen)
+
+
+class OwnTextModel(gemma4.Gemma4TextModel):
+    """Reads the masks that a multimodal model makes for it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        calls.append("text model")
+        assert all(mask is None or isinstance(mask, torch.Tensor) for mask in kwargs["attention_mask"].values())
+        return super().forward(*args, **kwargs)
+
+
+class OwnModel(Gemma4ForCausalLM):
+    """Adds to the loss what it reads from the logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        calls.append("model")
+        outputs = super().forward(*args, **kwargs)
+        outputs.loss = outputs.loss + 0.1 * outputs.logits.logsumexp(-1).square().mean()
+        return outputs
+
+
+class OwnActivation(nn.GELU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        calls.append("activation")
+        return 1.1 * super().forward(x)
+
+
+class OwnDropout(nn.Dropout):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        calls.append("dropout")
+        return 2 * super().forward(x)
+
+
+class NoDropout(nn.Identity):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        calls.append("dropout")
+        return 2 * x
+
+
+def with_norms(name: str) -> nn.Module:
+    model = build(name, num_kv_shared_layers=0) if name == "26b-a4b" else build(name)
+    for module in model.modules():
+        if isinstance(module, gemma4.Gemma4RMSNorm):
+            module.__class__ = OwnNorm
+    return model
+
+
+def with_layer() -> nn.Module:
+    model = build()
+    model.model.layers[1].__class__ = OwnLayer
+    return model
+
+
+def with_text_model() -> nn.Module:
+    model = structures.multimodal(**SHAPE).to(DEVICE)
+    model.model.language_model.__class__ = OwnTextModel
+    return model
+
+
+def with_model() -> nn.Module:
+    model = build()
+    model.__class__ = OwnModel
+    return model
+
+
+def with_hook() -> nn.Module:
+    """Reads the mask that its module is given."""
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append("hook")
+        assert kwargs["attention_mask"] is None or kwargs["attention_mask"].dim() == 4
+
+    model = build()
+    model.model.layers[1].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def with_activation() -> nn.Module:
+    model = build()
+    model.model.layers[1].mlp.act_fn = model.model.layers[2].act_fn = OwnActivation("tanh")
+    return model
+
+
+def with_dropout(kind: type) -> nn.Module:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, lora_dropout=float(kind is OwnDropout) / 2
+    )
+    model = peft.get_peft_model(build(), config)
+    for module in model.get_base_model().model.layers[1].modules():
+        if type(module) in (nn.Dropout, nn.Identity):
+            module.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "feature", "reason"),
+    [
+        (lambda: with_norms("e2b"), "rms_norm", "a norm of another class"),
+        (lambda: with_norms("e2b"), "rope", "a norm of another class"),
+        (lambda: with_norms("26b-a4b"), "rms_norm", "a norm of another class"),
+        (with_layer, "attention", "another decoder layer"),
+        (with_text_model, "attention", "another text model"),
+        (with_hook, "attention", "hooks that are handed the mask"),
+        (with_model, "cross_entropy", "forward of a subclass: logits may be read"),
+        (with_activation, "geglu", "activation OwnActivation"),
+        (lambda: with_dropout(OwnDropout), "lora", "LoRA dropout of type OwnDropout"),
+        (lambda: with_dropout(NoDropout), "lora", "LoRA dropout of type NoDropout"),
+    ],
+    ids=[
+        "norms",
+        "norms-rope",
+        "norms-experts",
+        "layer",
+        "text-model",
+        "hook",
+        "model",
+        "activation",
+        "dropout",
+        "no-dropout",
+    ],
+)
+def test_a_user_s_subclass_runs(make: Callable[[], nn.Module], feature: str, reason: str) -> None:
+    model = make()
+    calls.clear()
+    expected = step(model)
+    called = len(calls)
+    actual, reasons = patched_step(model)
+    assert called > 0 and len(calls) == 2 * called
+    assert_equal(actual, expected)
+    assert reason in reasons[feature]
+
+
+# torch.compile
+
+TWO_LAYERS = {"layer_types": ["full_attention"] * 2}
+
+
+def compiled(model: nn.Module, what: str) -> nn.Module:
+    torch._dynamo.reset()
+    if what == "model":
+        return torch.compile(model, backend="eager")
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_compiled_code_is_stock_s_and_counted(what: str) -> None:
+    expected = step(build(**TWO_LAYERS))
+    model = compiled(build(**TWO_LAYERS), what)
+    actual, reasons = patched_step(model)
+    assert_equal(actual, expected)
+    assert all("compiling" in reasons[feature] for feature in ("rms_norm", "rope", "geglu", "lora", "attention"))
+    assert ("compiling" in reasons["cross_entropy"]) is (what == "model")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_is_counted_when_it_is_compiled() -> None:
+    model = compiled(build(**TWO_LAYERS), "model")
+    with fastgemma.patched():
+        step(model)
+        once = counts()
+        step(model)
+    assert counts() == once
+
+
+# Derivatives of other kinds
+
+
+def test_a_transform_of_torch_func_is_stock_s_and_counted() -> None:
+    model = build(**TWO_LAYERS).train()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    inputs = structures.batch("padding", seq_len=9, device=DEVICE)
+
+    def loss(weights: Results) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (), inputs).loss
+
+    expected = torch.func.grad(loss)(weights)
+    before = counts()
+    with fastgemma.patched():
+        assert_equal(torch.func.grad(loss)(weights), expected)
+    for feature in ("rms_norm", "rope", "geglu", "lora", "attention", "cross_entropy"):
+        assert counts()[feature][1]["a transform of torch.func"] > 0
+        assert counts()[feature][0] == before[feature][0]
+
+
+def test_a_penalty_on_gradients_is_refused() -> None:
+    """A gradient that is a constant to autograd would leave the penalty without any effect, and the loss right."""
+    model = build(attn_implementation="eager", **TWO_LAYERS).train()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    inputs = structures.batch("padding", seq_len=9, device=DEVICE)
+    with fastgemma.patched():
+        loss = model(**inputs).loss
+        (gradient,) = torch.autograd.grad(loss, [weight], create_graph=True)
+        with pytest.raises(RuntimeError, match="fastgemma.unpatch"):
+            (loss + gradient.square().sum()).backward()
+    loss = model(**inputs).loss
+    (expected,) = torch.autograd.grad(loss, [weight], create_graph=True)
+    (loss + expected.square().sum()).backward()
+    assert relative_error(gradient.detach(), expected.detach()) <= FLOAT32_BUDGET
