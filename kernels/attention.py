@@ -14,11 +14,11 @@ import functools
 
 import torch
 
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.attention_backward import attention_bwd
 from fastgemma.kernels.attention_forward import attention_fwd
 from fastgemma.kernels.backend import check_dtype, compiling_ahead, runs_kernel, triton
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
-from fastgemma.kernels.once_differentiable import once_differentiable
 
 
 class _Attention(torch.autograd.Function):

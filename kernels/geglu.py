@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import torch
 
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, cdiv, check_dtype, jit, kernel, runs_kernel, tl
 from fastgemma.kernels.launch import Launch, launch
-from fastgemma.kernels.once_differentiable import once_differentiable
 
 
 @jit

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgemma.kernels.once_differentiable import once_differentiable
+from fastgemma.kernels._once_differentiable import once_differentiable
 
 Tensors = Sequence[torch.Tensor | None]
 # (inputs, constants, trained) -> outputs

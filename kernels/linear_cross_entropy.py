@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import torch
 
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, check_dtype, runs_kernel
 from fastgemma.kernels.chunked_head import Head, Rows, head_bwd, head_fwd
 from fastgemma.kernels.kept_rows import KeptRows
 from fastgemma.kernels.logits import Readout, TokenStatistics
-from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.workspace import workspace_bytes as default_workspace_bytes
 
 

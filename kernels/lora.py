@@ -45,8 +45,8 @@ from fastgemma.kernels._lora_products import (
     rows_of,
     without_autocast,
 )
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4_reference
-from fastgemma.kernels.once_differentiable import once_differentiable
 
 __all__ = [
     "Adapter",

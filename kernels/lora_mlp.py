@@ -43,10 +43,10 @@ from fastgemma.kernels._lora_products import (
     with_room,
     without_autocast,
 )
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import cdiv
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
-from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.workspace import workspace_bytes
 
 

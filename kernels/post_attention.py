@@ -42,11 +42,11 @@ from fastgemma.kernels._lora_products import (
     with_room,
     without_autocast,
 )
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, runs_kernel
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
 from fastgemma.kernels.lora_mlp import MLP, check_mlp, lora_mlp_reference, mlp_bwd, mlp_fwd
-from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference, rms_norm_residual_reference
 
 

@@ -40,9 +40,9 @@ from fastgemma.kernels._lora_products import (
     with_room,
     without_autocast,
 )
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, runs_kernel
 from fastgemma.kernels.lora import lora_linear_reference
-from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope_reference
 from fastgemma.kernels.qk_norm_rope_launch import Angles, Heads, qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference

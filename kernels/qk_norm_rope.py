@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import torch
 
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, check_dtype, runs_kernel
-from fastgemma.kernels.once_differentiable import once_differentiable
 from fastgemma.kernels.qk_norm_rope_launch import Angles, Heads, qk_norm_rope_bwd, qk_norm_rope_fwd
 
 

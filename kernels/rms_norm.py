@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, cdiv, check_dtype, kernel, next_power_of_2, runs_kernel, tl
 from fastgemma.kernels.launch import Launch, launch
-from fastgemma.kernels.once_differentiable import once_differentiable
 
 # A row is held in registers at once; Gemma 4's widest hidden size is 5376.
 MAX_COLUMNS = 8192
