@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import structures
 import torch
 from kernel_checks import STOCK_L2_FACTOR, assert_float32, gpu, relative_error
 from peft import LoraConfig, get_peft_model
+from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.modeling_gemma4 import Gemma4Model, Gemma4RMSNorm
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedModel, Gemma4UnifiedRMSNorm
 
@@ -43,6 +45,9 @@ BATCHES = {
     "all": ["3 i4 2 v2 1 v2 2 a3 2", "7"],
     "text": ["9", "5"],
 }
+# Older transformers take videos in another form, or (5.20) do not hand on what they then ask for: they run without.
+VIDEOS = "num_frames_per_video=num" in inspect.getsource(Gemma4ForConditionalGeneration.forward)
+with_videos = pytest.mark.skipif(not VIDEOS, reason="transformers with another form of videos, or none")
 intervals = pytest.mark.skipif(torch.cuda.is_available(), reason="float32, which the interpreter alone takes")
 
 
@@ -110,7 +115,7 @@ def compare(model: Any, batch: dict[str, Any]) -> Results:
 
 
 CASES = [
-    (name, kind, side)
+    pytest.param(name, kind, side, marks=[with_videos] if kind in ("video", "all") else [])
     for name in TEXT
     for kind in BATCHES
     for side in (("right", "left") if kind == "images" and name in ("31b", "12b") else ("left",))
@@ -151,12 +156,13 @@ def test_lora_equals_stock(name: str, checkpointing: bool, towers: bool, device:
     for key, parameter in model.named_parameters():
         if any(tower in key for tower in TOWERS):
             parameter.requires_grad_(towers)
-    batch = batch_for(model, "video" if name == "26b-a4b" else "all", "left")
+    batch = batch_for(model, "images" if not VIDEOS else "video" if name == "26b-a4b" else "all", "left")
     stock = compare(model, {**batch, "use_cache": not checkpointing})
     assert any(tower in key for key in stock for tower in TOWERS) == towers
     assert sum("lora_" in key for key in stock) == sum("lora_" in key for key, _ in model.named_parameters())
 
 
+@with_videos
 @pytest.mark.parametrize("name", ["e2b", "12b"])
 def test_a_tower_runs_the_norm_kernel_and_nothing_else(name: str, device: torch.device) -> None:
     """Its attention, rotation and MLP are other classes, whose in-place sums write to what the norms return."""
@@ -186,6 +192,7 @@ def test_a_tower_runs_the_norm_kernel_and_nothing_else(name: str, device: torch.
     assert_float32(ours, stock)
 
 
+@with_videos
 def test_features_made_beforehand(device: torch.device) -> None:
     model = build("e2b").to(device)
     batch = batch_for(model, "video", "left")
@@ -212,7 +219,8 @@ def test_features_made_beforehand(device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["e2b", "31b", "12b"])
 def test_generation_gives_stock_s_tokens(name: str, device: torch.device) -> None:
     model = build(name).to(device).eval()
-    prompt = structures.multimodal_batch(model.config, ["3 i4 5 i10 2", "2 v2 1 v4 3"], "left", device=device)
+    rows = ["3 i4 5 i10 2", "2 v2 1 v4 3" if VIDEOS else "2 i2 1 i4 3"]
+    prompt = structures.multimodal_batch(model.config, rows, "left", device=device)
     prompt = {key: value for key, value in prompt.items() if key not in ("labels", "use_cache")}
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     options |= {"return_dict_in_generate": True, "output_logits": True}
@@ -267,7 +275,8 @@ def test_images_in_packed_rows(name: str, device: torch.device) -> None:
     packed["use_cache"] = False
     apart = torch.cat([logits(model, document) for document in documents])
     stock = logits(model, packed)[0]
-    assert (relative_error(stock, apart) > 1e-2) == (name == "31b")
+    # Older transformers are right about both.
+    assert relative_error(stock, apart) <= 1e-5 or name == "31b"
     with fastgemma.patched():
         assert relative_error(logits(model, packed)[0], apart) <= 1e-5
     before = counts()
