@@ -345,6 +345,7 @@ def _drop_attention(layer: Any) -> None:
     layer.self_attn.attention_dropout = 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -405,6 +406,7 @@ def test_only_training_with_checkpointing_is_replayed(warm: nn.Module) -> None:
     assert counts() == before
 
 
+@pytest.mark.slow
 def test_shapes_that_come_often_are_recorded_and_rare_ones_are_not() -> None:
     model = one_layer()
     with fastgemma.patched(**OVER_MASKS):
@@ -452,6 +454,7 @@ def test_few_recordings_are_kept(arenas: list[weakref.ref[Any]], monkeypatch: py
         assert len(arenas) == 3 and sum(arena() is not None for arena in arenas) == 2
 
 
+@pytest.mark.slow
 def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_layer()
     expected = plainly(lambda: step(model))
@@ -476,6 +479,7 @@ def test_no_memory_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
         assert counts()[0] == len(layers(model))
 
 
+@pytest.mark.slow
 def test_another_thread_records_for_itself(arenas: list[weakref.ref[Any]]) -> None:
     model = one_layer()
     expected = plainly(lambda: step(model))
@@ -515,6 +519,7 @@ def test_a_frozen_model_is_left_alone() -> None:
         assert counts() == (0, {"first calls of a shape": 2, "nothing to differentiate": 2})
 
 
+@pytest.mark.slow
 def test_recordings_die_with_the_model_and_with_the_patch(arenas: list[weakref.ref[Any]]) -> None:
     model = build()
     with fastgemma.patched(**OVER_MASKS):

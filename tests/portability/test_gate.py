@@ -38,6 +38,7 @@ def test_every_row_serves_the_target(target: str) -> None:
     assert len(products) == (0 if target == "sm_75" else 6), products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "row", "finding"),
     [
@@ -58,6 +59,7 @@ def test_a_wrong_row_fails(kernel: str, row: str, finding: str, tmp_path: Path) 
     assert "FAILS" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_row_that_no_launch_takes_fails(tmp_path: Path) -> None:
     """Without its operation, which also leaves kernels of the package out."""
     change = "gate.launches.STREAMING[:] = [gate.launches.gates]; gate.launches.MATMULS.clear()"
@@ -88,6 +90,7 @@ def run(dtype):
 """
 
 
+@pytest.mark.slow
 def test_a_product_that_left_the_tensor_cores_fails(tmp_path: Path) -> None:
     (tmp_path / "scalar.py").write_text(SCALAR)
     change = "import scalar; gate.launches.MATMULS.append(scalar.run)"
@@ -99,6 +102,7 @@ def test_a_product_that_left_the_tensor_cores_fails(tmp_path: Path) -> None:
     assert "SCALAR=True" in failures[0]
 
 
+@pytest.mark.slow
 def test_results_are_kept_by_source(tmp_path: Path) -> None:
     """A second run reads what the first one wrote; another row is another result."""
     arguments = ("--targets", "sm_89", "--kernels", "geglu_fwd", "--cache", str(tmp_path), "--json")
@@ -113,6 +117,7 @@ def test_results_are_kept_by_source(tmp_path: Path) -> None:
     assert len(set(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_tensor_descriptors_have_a_type() -> None:
     statements = (
         "from triton.tools.tensor_descriptor import TensorDescriptor\n"

@@ -115,7 +115,13 @@ def compare(model: Any, batch: dict[str, Any]) -> Results:
 
 
 CASES = [
-    pytest.param(name, kind, side, marks=[with_videos] if kind in ("video", "all") else [])
+    pytest.param(
+        name,
+        kind,
+        side,
+        marks=[with_videos] * (kind in ("video", "all"))
+        + [pytest.mark.slow] * (kind != "images" or name == "26b-a4b" or (name != "e2b" and side == "left")),
+    )
     for name in TEXT
     for kind in BATCHES
     for side in (("right", "left") if kind == "images" and name in ("31b", "12b") else ("left",))
@@ -143,6 +149,7 @@ def test_full_fine_tuning_equals_stock(name: str, kind: str, side: str, device: 
         assert (relative_error(causal, stock["logits"]) > 1e-2) == (name in VISION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, checkpointing, towers",
     [(name, trained, trained) for name in ("e2b", "26b-a4b", "12b") for trained in (False, True)]
@@ -162,6 +169,7 @@ def test_lora_equals_stock(name: str, checkpointing: bool, towers: bool, device:
     assert sum("lora_" in key for key in stock) == sum("lora_" in key for key, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 @with_videos
 @pytest.mark.parametrize("name", ["e2b", "12b"])
 def test_a_tower_runs_the_norm_kernel_and_nothing_else(name: str, device: torch.device) -> None:
@@ -192,6 +200,7 @@ def test_a_tower_runs_the_norm_kernel_and_nothing_else(name: str, device: torch.
     assert_float32(ours, stock)
 
 
+@pytest.mark.slow
 @with_videos
 def test_features_made_beforehand(device: torch.device) -> None:
     model = build("e2b").to(device)
@@ -216,6 +225,7 @@ def test_features_made_beforehand(device: torch.device) -> None:
     assert_float32(ours, stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["e2b", "31b", "12b"])
 def test_generation_gives_stock_s_tokens(name: str, device: torch.device) -> None:
     model = build(name).to(device).eval()
@@ -303,6 +313,7 @@ def test_eager_attention(side: str, device: torch.device) -> None:
     assert_float32(ours, stock)
 
 
+@pytest.mark.slow
 @intervals
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", ["31b", "12b"])

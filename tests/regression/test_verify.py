@@ -107,6 +107,7 @@ def test_an_exact_model_passes_and_is_left_as_it_was(device):
     assert "Verdict: exact" in str(report) and "1e-5" in str(report)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_with_per_layer_embeddings(device):
     model = small("e2b", num_kv_shared_layers=0).to(device)
     only("per_layer_embeddings", "rms_norm", "cross_entropy")
@@ -161,6 +162,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interruption", (Stop, KeyboardInterrupt))
 @pytest.mark.parametrize("call", (1, 3, 6, 7))
 def test_everything_is_restored_after_an_interruption(interruption, call, device, monkeypatch):
@@ -194,6 +196,7 @@ def test_what_float32_does_not_know_to_1e_5_is_judged_by_stock(device):
         assert judge.in_float32(result(0.0), noise, device).judge(result(9e-6))["weight"].ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_another_function_is_no_yardstick(dtype, device):
     """Padding on the left predicts the first token, under `eager` from the mean of all values."""
@@ -410,6 +413,7 @@ def test_the_command_line_finds_an_exact_model(checkpoint):
     assert not any(fastgemma.api.settings().values())
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_a_wrong_kernel(checkpoint, monkeypatch):
     monkeypatch.setattr(mlp, "geglu", one_percent_off(mlp.geglu))
     result = invoke(str(checkpoint), "--rank", "0", "--batch-size", "1")
