@@ -7,8 +7,9 @@ With `logits`'s formulas and t the target, a softcap bounds every |z| by softcap
     dloss / du_v = e_v * dz_v/du_v / total                                  dloss / du_t = -others * dz_t/du_t / total
 
 needs no maximum. All that a row's gradient takes from the end of the sweep is its divisor, and a product with the head
-takes that as well afterwards: what is written over the logits is e_v * dz_v/du_v, and 0 for the target, whose part in
-the gradient is as large as all others' together. With W the head, what is handed on makes
+takes that as well afterwards: what is written over the logits is e_v * (1 - tanh_v^2) / 4, dz_v/du_v but for what all
+have in common, and 0 for the target, whose part in the gradient is as large as all others' together. With W the head,
+what is handed on makes
 
     dloss / dhidden = scale * (written . W) + of_target * W_t,
 

@@ -5,10 +5,8 @@ large as that tensor, zeros elsewhere, and autograd adds one for each layer: of 
 and 34 sums at 2048 tokens. One `unbind` has the same slices, and one `stack` as its gradient, equal to the bit. A slice
 is not to be written to, and what is asked of the whole tensor's gradient does not see the layers'.
 
-Where nothing before them is trained they need no gradient at all. Stock computes one, through a product 8960 wide,
-into embeddings that `enable_input_require_grads` made require a gradient for checkpointing's sake, and nobody reads
-it. Then no step of the projection needs to be kept either, and it is made for some positions at a time, straight into
-the layers' places: stock holds four tensors of all positions and layers at once, 140 MiB each at 8192 tokens of E2B.
+Where nothing before them is trained they need no gradient at all. Stock computes one, through a product 8960 wide, into
+embeddings that `enable_input_require_grads` made require a gradient for checkpointing's sake, and nobody reads it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgemma.kernels.workspace import workspace_bytes
 from fastgemma.patches.engine import Op
 
 _ALL, _FROM_THE_FIRST = slice(None), slice(0, None)
@@ -56,18 +53,9 @@ class _PerLayerInputs(torch.Tensor):
     @classmethod
     def of(cls, per_layer_inputs: torch.Tensor) -> _PerLayerInputs:
         whole, *layers = _Unbind.apply(per_layer_inputs)
-        return cls._over(whole, layers)
-
-    @classmethod
-    def of_layers(cls, by_layer: torch.Tensor) -> _PerLayerInputs:
-        """Of [layers, batch, seq_len, size], without a gradient."""
-        return cls._over(by_layer.permute(1, 2, 0, 3), list(by_layer.unbind()))
-
-    @classmethod
-    def _over(cls, whole: torch.Tensor, layers: list[torch.Tensor]) -> _PerLayerInputs:
-        inputs = whole.as_subclass(cls)
-        inputs._layers = layers
-        return inputs
+        whole = whole.as_subclass(cls)
+        whole._layers = layers
+        return whole
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if isinstance(index, tuple) and len(index) == 4:
@@ -120,16 +108,6 @@ def _nobody_reads_their_gradient(model: Any, inputs_embeds: Any, from_tokens: An
     return not any(parameter.requires_grad for module in between for parameter in module.parameters())
 
 
-def _positions_at_a_time(model: Any, inputs_embeds: torch.Tensor, from_tokens: torch.Tensor) -> int:
-    """How many positions the projection may be made for at once; all where a hook of it would see the difference."""
-    between = (model.per_layer_model_projection, model.per_layer_projection_norm)
-    if any(module._forward_hooks or module._forward_pre_hooks for module in between):
-        return from_tokens.shape[1]
-    of_one = from_tokens[:, :1].numel() * inputs_embeds.element_size()
-    # Four tensors of them are alive at once, and the budget is for more than this.
-    return max(workspace_bytes(inputs_embeds.device) // (8 * max(of_one, 1)), 1)
-
-
 def make_projection(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     """`project_per_layer_inputs`, which makes what the decoder's loop takes a layer's inputs from."""
     op = ops["per_layer_embeddings"]
@@ -138,18 +116,7 @@ def make_projection(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         if not op.active or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return original(self, inputs_embeds, per_layer_inputs)
         constant = _nobody_reads_their_gradient(self, inputs_embeds, per_layer_inputs)
-        if constant:
-            inputs_embeds = inputs_embeds.detach()
-            step = _positions_at_a_time(self, inputs_embeds, per_layer_inputs)
-            batch, seq_len, n_layers, size = per_layer_inputs.shape
-            if step < seq_len:
-                by_layer = inputs_embeds.new_empty(n_layers, batch, seq_len, size)
-                for part in (slice(start, start + step) for start in range(0, seq_len, step)):
-                    projected = original(self, inputs_embeds[:, part], per_layer_inputs[:, part])
-                    by_layer[:, :, part] = projected.permute(2, 0, 1, 3)
-                op.fast()
-                return _PerLayerInputs.of_layers(by_layer)
-        projected = original(self, inputs_embeds, per_layer_inputs)
+        projected = original(self, inputs_embeds.detach() if constant else inputs_embeds, per_layer_inputs)
         if type(projected) is not torch.Tensor or projected.dim() != 4 or not (projected.requires_grad or constant):
             return projected
         op.fast()

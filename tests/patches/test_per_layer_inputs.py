@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import structures
 import torch
-from kernel_checks import relative_error, same_bits
+from kernel_checks import same_bits
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgemma
-from fastgemma.patches import per_layer_inputs
 
 ALONE: dict[str, Any] = {**dict.fromkeys(fastgemma.status(), False), "per_layer_embeddings": True}
 
@@ -137,36 +136,6 @@ def test_no_gradient_where_nothing_before_them_is_trained(checkpointing: bool, d
         ours = step(model, inputs)
     assert seen and not any(x.requires_grad for x in seen) and all(x.is_contiguous() for x in seen)
     assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("at_a_time", [1, 5, 12, 13])
-def test_they_are_made_for_some_positions_at_a_time(
-    at_a_time: int, hooked: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted().to(device)
-    inputs = structures.batch("padding", device=device)
-    rows, seq_len = inputs["input_ids"].shape
-    text = model.base_model.model.model
-    of_one = rows * len(text.layers) * text.config.hidden_size_per_layer_input * 4
-    monkeypatch.setattr(per_layer_inputs, "workspace_bytes", lambda device: 8 * of_one * at_a_time + 7)
-    projected: list[int] = []
-    projection = text.per_layer_model_projection
-    plain = projection.forward
-    monkeypatch.setattr(projection, "forward", lambda x: (projected.append(x.shape[1]), plain(x))[1])
-    if hooked:
-        projection.register_forward_hook(lambda module, args, output: None)
-    stock = step(model, inputs)
-    projected.clear()
-    seen = layer_inputs(model)
-    with fastgemma.patched(**ON):
-        ours = step(model, inputs)
-    assert all(x.is_contiguous() and not x.requires_grad for x in seen) and len(seen) >= len(text.layers)
-    whole, rest = divmod(seq_len, at_a_time)
-    assert projected == ([seq_len] if hooked else [at_a_time] * whole + [rest] * bool(rest))
-    assert stock.keys() == ours.keys()
-    for key, value in stock.items():
-        assert relative_error(ours[key], value) <= 1e-5, key
 
 
 def test_no_gradient_in_a_multimodal_model_either(device: torch.device) -> None:
