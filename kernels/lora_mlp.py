@@ -4,9 +4,10 @@
 
 with the projections of `lora`. gate and up lie side by side in one buffer, so that one dequantised weight and one
 product make both, forward and backward. Saved: x, gate and up, and of h the few columns of its product with down's A,
-where that was part of a widened base product; h is rebuilt in the backward, in the kernel that
-makes their gradients, over the gradient of h that it has just read. Rows do not know of each other: where h and the
-gradients of gate and up would exceed `workspace_bytes()`, they are made for some rows at a time.
+where that was part of a widened base product; h is rebuilt in the backward, in the kernel that makes their gradients,
+over the gradient of h that it has just read. Rows do not know of each other: where h and the gradients of gate and up
+would exceed `workspace_bytes()`, all are made for some rows at a time. gate and up then are as many buffers, each of
+the size of its gradient: a large one would take a segment of the allocator's for itself, beside those of the rest.
 
 Source: Shazeer, "GLU Variants Improve Transformer" (2020); `Gemma4TextMLP` in transformers.
 """
@@ -75,66 +76,69 @@ class MLP(NamedTuple):
         )
 
 
-def _tiles(gate_up: torch.Tensor) -> list[slice]:
+def _tiles(x: torch.Tensor, mlp: MLP) -> list[slice]:
     """Rows that fit the budget together: h, and the gradients of gate and up."""
-    n_rows, n_cols = gate_up.shape
-    count = max(1, cdiv(n_rows * n_cols * 3 // 2 * gate_up.element_size(), workspace_bytes(gate_up.device)))
+    n_rows, intermediate = x.shape[0], mlp.inner.projections[0].weight.shape[0]
+    size = n_rows * 3 * intermediate * (mlp.inner.autocast or x.dtype).itemsize
     # Of about the same size, and aligned for the matrix products.
-    height = 256 * cdiv(n_rows, 256 * count)
+    height = 256 * cdiv(n_rows, 256 * max(1, cdiv(size, workspace_bytes(x.device))))
     return [slice(start, min(start + height, n_rows)) for start in range(0, max(n_rows, 1), max(height, 1))]
 
 
 def mlp_fwd(
     x: torch.Tensor, mlp: MLP, room: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-    """(y [rows, hidden_size], gate beside up [rows, 2 * intermediate_size], down's `products`, masks drawn) of x [rows,
-    hidden_size].
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]:
+    """(y [rows, hidden_size], gate beside up [some rows, 2 * intermediate_size] for all rows, down's `products`, masks
+    drawn) of x [rows, hidden_size].
 
     `room` is the buffer that x begins, if it has the room that `mlp.inner` asked for.
     """
+    tiles = _tiles(x, mlp)
+    if len(tiles) == 1 or mlp.inner.drops or mlp.outer.drops:  # a mask is drawn for all rows at once
+        y, gate_up = _mlp_fwd(x, mlp, room)
+        return y, [gate_up], mlp.outer.products, mlp.inner.drawn() + mlp.outer.drawn()
+    y, gate_ups, products = torch.empty_like(x, dtype=mlp.inner.autocast), [], []
+    for rows in tiles:
+        part = mlp.rows(rows)
+        y_part, gate_up = _mlp_fwd(x[rows], part, None if room is None else room[rows])
+        y[rows].copy_(y_part)
+        gate_ups.append(gate_up)
+        if part.outer.products is not None:
+            products.append(part.outer.products)
+    return y, gate_ups, torch.cat(products) if products else None, []
+
+
+def _mlp_fwd(x: torch.Tensor, mlp: MLP, room: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and gate beside up, of all rows at once."""
     inner, outer = mlp
     gate_up, (gate, up) = inner.forward(x, joint=True, room=room)
-    tiles = _tiles(gate_up)
-    if len(tiles) == 1 or outer.drops:  # a mask is drawn for all rows at once
-        y = _down_fwd(gate, up, outer)
-        products = outer.products
-    else:
-        y = torch.empty((gate.shape[0], outer.projections[0].weight.shape[0]), dtype=gate.dtype, device=gate.device)
-        parts = []
-        for rows in tiles:
-            y[rows].copy_(_down_fwd(gate[rows], up[rows], outer))
-            if outer.products is not None:
-                parts.append(outer.products)
-        products = torch.cat(parts) if parts else None
-    return y, gate_up, products, inner.drawn() + outer.drawn()
-
-
-def _down_fwd(gate: torch.Tensor, up: torch.Tensor, outer: Projections) -> torch.Tensor:
     h, room = with_room(gate.shape, outer.room(gate.dtype), gate.dtype, gate.device)
-    return outer.forward(geglu_fwd(gate, up, h), room=room, keep_products=True)[0]
+    return outer.forward(geglu_fwd(gate, up, h), room=room, keep_products=True)[0], gate_up
 
 
 def mlp_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_ups: Sequence[torch.Tensor],
     mlp: MLP,
     needs_dx: bool,
     wanted: Sequence[Wanted],
     room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[Grads]]:
-    """dx [rows, hidden_size], and the gradients of the three projections.
+    """dx [rows, hidden_size], and the gradients of the three projections; `gate_ups` as `mlp_fwd` gave them.
 
     `room` is the buffer that dy begins, if it has the room that `mlp.outer` asked for.
     """
-    tiles = _tiles(gate_up)
+    tiles = _tiles(x, mlp)
     if len(tiles) == 1:
-        return _mlp_bwd(dy, x, gate_up, mlp, needs_dx, wanted, room)
-    dx = torch.empty(x.shape, dtype=gate_up.dtype, device=x.device) if needs_dx else None
+        return _mlp_bwd(dy, x, gate_ups[0], mlp, needs_dx, wanted, room)
+    if len(gate_ups) == 1:
+        gate_ups = [gate_ups[0][rows] for rows in tiles]
+    dx = torch.empty(x.shape, dtype=gate_ups[0].dtype, device=x.device) if needs_dx else None
     sums: list[list[torch.Tensor | None]] = [[None, None, None] for _ in wanted]
-    for rows in tiles:
+    for rows, gate_up in zip(tiles, gate_ups):
         own_room = None if room is None else room[rows]
-        part, grads = _mlp_bwd(dy[rows], x[rows], gate_up[rows], mlp.rows(rows), needs_dx, wanted, own_room)
+        part, grads = _mlp_bwd(dy[rows], x[rows], gate_up, mlp.rows(rows), needs_dx, wanted, own_room)
         if dx is not None and part is not None:
             dx[rows].copy_(part)
         for total, grad in zip(sums, grads):
@@ -198,22 +202,24 @@ class _LoraMLP(torch.autograd.Function):
         ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
         projections = projections_of(join_trained(static, trained), numbers)
         with without_autocast(x):
-            y, gate_up, products, masks = mlp_fwd(rows_of(x), MLP.of(projections, autocast))
-        keep(ctx, trained, (x, gate_up, products, *masks))
+            y, gate_ups, products, masks = mlp_fwd(rows_of(x), MLP.of(projections, autocast))
+        ctx.n_masks = len(masks)
+        keep(ctx, trained, (x, products, *masks, *gate_ups))
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, dy):
-        trained, (x, gate_up, products, *drawn) = kept(ctx)
+        trained, (x, products, *rest) = kept(ctx)
+        drawn, gate_ups = rest[: ctx.n_masks], rest[ctx.n_masks :]
         projections = projections_of(join_trained(ctx.static, trained), ctx.numbers)
         masks = masks_of(projections, drawn)
         flags = wanted_of(ctx.static, ctx.needs_input_grad[4:])
         dx, grads = mlp_bwd(
             rows_of(dy),
             rows_of(x),
-            gate_up,
+            gate_ups,
             MLP.of(projections, ctx.autocast, masks, products),
             ctx.needs_input_grad[0],
             wants_of(flags),

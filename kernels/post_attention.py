@@ -99,13 +99,13 @@ class _PostAttention(torch.autograd.Function):
             bundles = MLP.of(mlp, autocast)
             x, room = _with_room(h1, bundles.inner)
             x = rms_norm_fwd(h1, norm2, eps, rstd=rstd2, out=x)
-            mlp_out, gate_up, products, drawn = mlp_fwd(x, bundles, room)
+            mlp_out, gate_ups, products, drawn = mlp_fwd(x, bundles, room)
             del x, room
             masks += drawn
             out = rms_norm_fwd(
                 mlp_out, norm3, eps, h1, None if gate else layer_scalar, rstd3, None if gate else residual.shape
             )
-            saved = [attended, rstd, o_out, h1, gate_up, mlp_out, products]
+            saved = [attended, rstd, o_out, h1, mlp_out, products]
             if gate:
                 h2, inputs = out, as_rows(per_layer_input)
                 gated, drawn = _one(gate[0], h2, autocast)
@@ -118,8 +118,8 @@ class _PostAttention(torch.autograd.Function):
                 # Its factors' gradients alone need the gate's input.
                 saved.append(h2 if any(wanted_of(static, (True,) * len(trained))[16:19]) else None)
         ctx.static, ctx.numbers, ctx.eps, ctx.autocast = static, numbers, eps, autocast
-        ctx.layer_scalar, ctx.n_saved = layer_scalar, len(saved)
-        keep(ctx, trained, (*saved, *masks))
+        ctx.layer_scalar, ctx.n_saved, ctx.n_masks = layer_scalar, len(saved), len(masks)
+        keep(ctx, trained, (*saved, *masks, *gate_ups))
         return out
 
     @staticmethod
@@ -127,11 +127,12 @@ class _PostAttention(torch.autograd.Function):
     @backward_without_autocast
     def backward(ctx, d_out):
         trained, activations = kept(ctx)
-        attended, rstd, o_out, h1, gate_up, mlp_out, products, *per_layer = activations[: ctx.n_saved]
+        attended, rstd, o_out, h1, mlp_out, products, *per_layer = activations[: ctx.n_saved]
+        drawn, gate_ups = activations[ctx.n_saved :][: ctx.n_masks], activations[ctx.n_saved + ctx.n_masks :]
         norm1, norm2, norm3, norm4, *parts = join_trained(ctx.static, trained)
         o, *mlp_and_gate = projections = projections_of(parts, ctx.numbers)
         mlp = mlp_and_gate[:3]
-        o_mask, *masks = masks_of(projections, activations[ctx.n_saved :])
+        o_mask, *masks = masks_of(projections, drawn)
         needs = ctx.needs_input_grad
         wants1, wants2, wants3, wants4, *flags = wanted_of(ctx.static, needs[8:])
         wanted = wants_of(flags)
@@ -185,7 +186,7 @@ class _PostAttention(torch.autograd.Function):
         d_norm3 = grads.weight
 
         x = rms_norm_fwd(h1, norm2, ctx.eps) if any(wanted[1]) or any(wanted[2]) else h1
-        dx, mlp_grads = mlp_bwd(d_mlp_out, x, gate_up, bundles, True, wanted[1:4], room)
+        dx, mlp_grads = mlp_bwd(d_mlp_out, x, gate_ups, bundles, True, wanted[1:4], room)
         del x, d_mlp_out, room
         grads = rms_norm_bwd(dx, h1, norm2, rstd2, addend=d_h1, needs_dweight=wants2)
         d_h1, d_norm2 = grads.x, grads.weight
