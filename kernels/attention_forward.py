@@ -140,8 +140,8 @@ def _attention_fwd_kernel(
     dims = tl.arange(0, HEAD_DIM)[None, :]
     places = rows[:, None] * HEAD_DIM + dims
     q = tl.load(q_ptr + start * HEAD_DIM + places, mask=exists[:, None], other=0.0)
+    # From the first key on, at no multiple of BLOCK_N: a window takes a tile more where its first one starts early.
     first, end = key_bounds(lo, hi, NO_KEY)
-    first = first // BLOCK_N * BLOCK_N
     full, partial = full_bounds(lo, hi, exists, first, end, NO_KEY, BLOCK_N)
     keys = batch * seq_len * KEY_STRIDE + head * HEAD_DIM + (tl.arange(0, BLOCK_N) * KEY_STRIDE)[:, None] + dims
     k_ptrs, v_ptrs = k_ptr + keys, v_ptr + keys
@@ -189,7 +189,6 @@ def attention_fwd(
     without keys give zeros.
     """
     batch, seq_len, num_heads, head_dim = q.shape
-    num_key_value_heads = k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, seq_len, num_heads), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -197,8 +196,9 @@ def attention_fwd(
     if head_dim > _WIDEST or q.dtype == torch.float32:
         wide_attention_fwd(q, k, v, intervals, scale, out, lse)
         return out, lse
-    group = num_heads // num_key_value_heads
     config = tiles("attention_fwd", head_dim, q.dtype, q.device)
+    num_key_value_heads = k.shape[2]
+    group = num_heads // num_key_value_heads
     grid = (num_key_value_heads, cdiv(seq_len * group, config.blocks["BLOCK_M"]), batch)
     k_desc = v_desc = None
     if config.descriptors:

@@ -138,7 +138,7 @@ EQUIVALENT: dict[Change, str] = {
         "the lo of a missing row is 0 already",
         (
             "full_bounds",
-            "full = (tl.max({tl.where(exists, lo, 0)}, axis=0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
+            "last_lo = tl.max({tl.where(exists, lo, 0)}, axis=0)",
             "lo",
         ),
     ),
@@ -159,8 +159,8 @@ EQUIVALENT: dict[Change, str] = {
         ("full_bounds", "some = {lo < hi}", "(lo >= hi)"),
         (
             "full_bounds",
-            "full = ({tl.max(tl.where(exists, lo, 0), axis=0) + BLOCK_N - 1}) // BLOCK_N * BLOCK_N",
-            "tl.max(tl.where(exists, lo, 0), axis=0) + BLOCK_N",
+            "full = first + ({tl.maximum(last_lo - first, 0) + BLOCK_N - 1}) // BLOCK_N * BLOCK_N",
+            "tl.maximum(last_lo - first, 0) + BLOCK_N",
         ),
         ("_attention_fwd_kernel", "lo, hi, seq_len, scale_log2, {False}, False, KEY_STRIDE, BLOCK_N,", "True"),
     ),
