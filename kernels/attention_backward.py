@@ -14,12 +14,17 @@ his two kernels, and is several times as fast with heads of 512 (`docs/kernels.m
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from fastgemma.kernels.attention_products import _attention_dkdv_kernel, _attention_dq_kernel, ds_offset
 from fastgemma.kernels.attention_tiles import (
     LOG2E,
+    MAX_PLANS,
     NO_KEY,
+    Prepared,
     chunk_tile,
     in_bands,
     key_bounds,
@@ -27,8 +32,9 @@ from fastgemma.kernels.attention_tiles import (
 )
 from fastgemma.kernels.attention_wide import chunk_of_positions
 from fastgemma.kernels.backend import cdiv, kernel, kernel_of_any_numbers, tl
-from fastgemma.kernels.key_intervals import ROWS_TOGETHER, KeyIntervals
-from fastgemma.kernels.launch import launch, multiprocessors
+from fastgemma.kernels.key_intervals import ROWS_TOGETHER, KeyIntervals, Reach
+from fastgemma.kernels.launch import Launch, launch, multiprocessors
+from fastgemma.kernels.workspace import workspace_bytes
 
 # Programs that share the rows of a tile of keys, at most: each part costs a float32 copy of dk and dv.
 _MOST_PARTS = 4
@@ -49,6 +55,18 @@ def _attention_delta_kernel(
     dout = tl.load(dout_ptr + rows[:, None] * HEAD_DIM + dims, mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + rows[:, None] * HEAD_DIM + dims, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta_ptr + rows, tl.sum(dout * out, axis=1), mask=rows < n_rows)
+
+
+@kernel
+def _attention_sum_kernel(parts_ptr, out_ptr, n_elements, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """[2, PARTS, n_elements] float32 summed over PARTS, in their order."""
+    side = tl.program_id(1).to(tl.int64)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + (side * PARTS + part) * n_elements + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + side * n_elements + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel_of_any_numbers
@@ -132,6 +150,95 @@ def key_blocks(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple
     return to_ds.blocks["BLOCK_N"], to_dkdv.blocks["BLOCK_N"]
 
 
+class _Chunk(NamedTuple):
+    """The launches of a chunk of positions."""
+
+    to_ds: Prepared
+    to_dq: Prepared
+    to_dkdv: Prepared
+
+
+class _Plan(NamedTuple):
+    """What `attention_bwd` needs for tensors of one shape: its launches, and what their buffers hold."""
+
+    to_delta: Prepared
+    chunks: list[_Chunk]
+    workspace_size: int
+    parts: int  # of dk and dv
+    dtype: torch.dtype  # of these
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(
+    shape: torch.Size,
+    num_key_value_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    to_delta: Launch,
+    to_ds: Launch,
+    to_dq: Launch,
+    to_dkdv: Launch,
+    reach: Reach,
+    scale: float,
+    budget: int,
+) -> _Plan:
+    batch, seq_len, num_heads, head_dim = shape
+    group, slots = num_heads // num_key_value_heads, batch * num_key_value_heads
+    block_m, block_n, block_keys = to_ds.blocks["BLOCK_M"], to_ds.blocks["BLOCK_N"], to_dkdv.blocks["BLOCK_N"]
+    n_tiles = cdiv(seq_len, block_n)
+    positions, most_slots = seq_len, n_tiles
+    if reach.causal and reach.window is not None:
+        # Rows are known by ROWS_TOGETHER positions, so as many more may want a tile.
+        positions = reach.window + ROWS_TOGETHER
+        most_slots = min(n_tiles, (positions + cdiv(block_m, group) + ROWS_TOGETHER) // block_n + 2)
+    windowed = most_slots < n_tiles
+    chunk = chunk_of_positions(seq_len, 2 * slots * group * most_slots * block_n * dtype.itemsize, budget)
+    n_rows = cdiv(chunk * group, block_m) * block_m
+
+    # Short sequences give too few programs for dk and dv: several share the rows of a tile of keys.
+    pieces = head_dim // to_dkdv.blocks["DIMS"]
+    first_tile, end_tile = reach.tiles_of_rows(max(seq_len - chunk, 0), seq_len, block_keys)
+    programs = (end_tile - first_tile) * pieces * 2 * slots
+    parts = min(max(2 * multiprocessors(device) // programs, 1), _MOST_PARTS)
+    rows_of_part = cdiv(cdiv(n_rows, parts), block_m) * block_m
+    parts = cdiv(n_rows, rows_of_part)
+
+    heads = {"KV_HEADS": num_key_value_heads, "GROUP": group, "HEAD_DIM": head_dim}
+    chunks = []
+    started_tiles = 0
+    for start in range(0, seq_len, chunk):
+        stop = min(start + chunk, seq_len)
+        first_tile, end_tile = reach.tiles_of_rows(start, stop, block_keys)
+        n_slots = most_slots if windowed else reach.tiles_of_rows(start, stop, block_n)[1]
+        shared = {"seq_len": seq_len, "start": start, "stop": stop, "n_rows": n_rows, "n_slots": n_slots, **heads}
+        ds = {"n_tiles": n_tiles, "reach": positions, "scale_log2": scale * LOG2E, "NO_KEY": NO_KEY}
+        dq = {"scale": scale, "NO_KEY": NO_KEY, "BLOCK_N": block_n}
+        dkdv = {
+            "rows_of_part": rows_of_part,
+            "first_tile": first_tile,
+            "started_tiles": started_tiles,
+            "n_tiles": cdiv(seq_len, block_keys),
+            "scale": scale,
+            "SLOT_N": block_n,
+        }
+        tiles_of_dq = n_rows // to_dq.blocks["BLOCK_M"] * (head_dim // to_dq.blocks["DIMS"])
+        chunks.append(
+            _Chunk(
+                Prepared((n_rows // block_m * n_slots, slots), {**ds, **shared, **to_ds.kwargs()}),
+                Prepared((tiles_of_dq, slots), {**dq, **shared, **to_dq.kwargs()}),
+                Prepared(((end_tile - first_tile) * pieces * 2, parts, slots), {**dkdv, **shared, **to_dkdv.kwargs()}),
+            )
+        )
+        started_tiles = end_tile
+
+    rows = batch * seq_len * num_heads
+    grid = (cdiv(rows, to_delta.blocks["BLOCK_M"]),)
+    delta = Prepared(grid, {"n_rows": rows, "HEAD_DIM": head_dim, **to_delta.kwargs()})
+    # A single part and chunk is the result itself.
+    sums = dtype if parts == 1 and chunk == seq_len else torch.float32
+    return _Plan(delta, chunks, 2 * slots * n_rows * most_slots * block_n, parts, sums)
+
+
 def attention_bwd(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -144,113 +251,56 @@ def attention_bwd(
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dq, dk and dv, contiguous, of what `attention_fwd` took and gave; dout as q. `needs`: dq; dk and dv."""
-    batch, seq_len, num_heads, head_dim = q.shape
-    num_key_value_heads = k.shape[2]
-    group, slots = num_heads // num_key_value_heads, batch * num_key_value_heads
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs[0] else None
+    dtype, device = q.dtype, q.device
+    dq = torch.empty(q.shape, dtype=dtype, device=device) if needs[0] else None
     if out.numel() == 0:
         return dq, torch.zeros_like(k) if needs[1] else None, torch.zeros_like(v) if needs[1] else None
+    to_delta = launch("attention_delta", "any", device)
+    rows = [tiles(f"attention_{name}", q.shape[3], dtype, device) for name in ("ds", "dq", "dkdv")]
+    budget = workspace_bytes(device)
+    plan = _plan(q.shape, k.shape[2], dtype, device, to_delta, *rows, intervals.reach, scale, budget)
+    of_slots, of_keys = (intervals.rows_of_keys(row.blocks["BLOCK_N"]) for row in (rows[0], rows[2]))
     delta = torch.empty_like(lse)
-    config = launch("attention_delta", "any", q.device)
-    n_rows = batch * seq_len * num_heads
-    _attention_delta_kernel[(cdiv(n_rows, config.blocks["BLOCK_M"]),)](
-        dout_ptr=dout,
-        out_ptr=out,
-        delta_ptr=delta,
-        n_rows=n_rows,
-        HEAD_DIM=head_dim,
-        **config.kwargs(),
-    )
-
-    to_ds, to_dq, to_dkdv = (tiles(f"attention_{name}", head_dim, q.dtype, q.device) for name in ("ds", "dq", "dkdv"))
-    block_m, (block_n, block_keys) = to_ds.blocks["BLOCK_M"], key_blocks(head_dim, q.dtype, q.device)
-    n_tiles = cdiv(seq_len, block_n)
-    reach, most_slots = seq_len, n_tiles
-    if intervals.causal and intervals.window is not None:
-        # Rows are known by ROWS_TOGETHER positions, so as many more may want a tile.
-        reach = intervals.window + ROWS_TOGETHER
-        most_slots = min(n_tiles, (reach + cdiv(block_m, group) + ROWS_TOGETHER) // block_n + 2)
-    windowed = most_slots < n_tiles
-    chunk = chunk_of_positions(seq_len, 2 * slots * group * most_slots * block_n * q.element_size(), q.device)
-    n_rows = cdiv(chunk * group, block_m) * block_m
-    workspace = torch.empty(2 * slots * n_rows * most_slots * block_n, dtype=q.dtype, device=q.device)
-    shared = {
-        "lo_ptr": intervals.lo,
-        "hi_ptr": intervals.hi,
-        "workspace_ptr": workspace,
-        "seq_len": seq_len,
-        "n_rows": n_rows,
-        "KV_HEADS": num_key_value_heads,
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-    }
-    first, end = intervals.rows_of_keys(block_n)
-    first_of_keys, end_of_keys = intervals.rows_of_keys(block_keys)
-    pieces = head_dim // to_dkdv.blocks["DIMS"]
-    dk = dv = None
-    if needs[1]:
-        # Short sequences give too few programs: several share the rows of a tile of keys.
-        first_tile, end_tile = intervals.tiles_of_rows(max(seq_len - chunk, 0), seq_len, block_keys)
-        programs = (end_tile - first_tile) * pieces * 2 * slots
-        parts = min(max(2 * multiprocessors(q.device) // programs, 1), _MOST_PARTS)
-        rows_of_part = cdiv(cdiv(n_rows, parts), block_m) * block_m
-        parts = cdiv(n_rows, rows_of_part)
-        # A single part and chunk is the result itself.
-        dtype = q.dtype if parts == 1 and chunk == seq_len else torch.float32
-        dk, dv = (torch.empty((parts, *k.shape), dtype=dtype, device=q.device) for _ in range(2))
-    started_tiles = 0
-    for start in range(0, seq_len, chunk):
-        stop = min(start + chunk, seq_len)
-        first_tile, end_tile = intervals.tiles_of_rows(start, stop, block_keys)
-        n_slots = most_slots if windowed else intervals.tiles_of_rows(start, stop, block_n)[1]
-        of_chunk = {**shared, "start": start, "stop": stop, "n_slots": n_slots}
-        _attention_ds_kernel[(n_rows // block_m * n_slots, slots)](
+    _attention_delta_kernel[plan.to_delta.grid](dout_ptr=dout, out_ptr=out, delta_ptr=delta, **plan.to_delta.numbers)
+    workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
+    # One buffer for both, so that their parts meet in one launch.
+    dkdv = torch.empty((2, plan.parts, *k.shape), dtype=plan.dtype, device=device) if needs[1] else None
+    dk, dv = (None, None) if dkdv is None else dkdv.unbind()
+    shared = {"lo_ptr": intervals.lo, "hi_ptr": intervals.hi, "workspace_ptr": workspace}
+    for to_ds, to_dq, to_dkdv in plan.chunks:
+        _attention_ds_kernel[to_ds.grid](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
             dout_ptr=dout,
-            first_ptr=first,
-            end_ptr=end,
+            first_ptr=of_slots[0],
+            end_ptr=of_slots[1],
             lse_ptr=lse,
             delta_ptr=delta,
-            n_tiles=n_tiles,
-            reach=reach,
-            scale_log2=scale * LOG2E,
-            NO_KEY=NO_KEY,
-            **of_chunk,
-            **to_ds.kwargs(),
+            **shared,
+            **to_ds.numbers,
         )
         if dq is not None:
-            programs = n_rows // to_dq.blocks["BLOCK_M"] * (head_dim // to_dq.blocks["DIMS"])
-            _attention_dq_kernel[(programs, slots)](
-                k_ptr=k,
-                dq_ptr=dq,
-                scale=scale,
-                NO_KEY=NO_KEY,
-                BLOCK_N=block_n,
-                **of_chunk,
-                **to_dq.kwargs(),
+            _attention_dq_kernel[to_dq.grid](k_ptr=k, dq_ptr=dq, **shared, **to_dq.numbers)
+        if dkdv is not None:
+            _attention_dkdv_kernel[to_dkdv.grid](
+                q_ptr=q,
+                dout_ptr=dout,
+                first_ptr=of_keys[0],
+                end_ptr=of_keys[1],
+                dk_ptr=dk,
+                dv_ptr=dv,
+                **shared,
+                **to_dkdv.numbers,
             )
-        if not needs[1]:
-            continue
-        _attention_dkdv_kernel[((end_tile - first_tile) * pieces * 2, parts, slots)](
-            q_ptr=q,
-            dout_ptr=dout,
-            first_ptr=first_of_keys,
-            end_ptr=end_of_keys,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            rows_of_part=rows_of_part,
-            first_tile=first_tile,
-            started_tiles=started_tiles,
-            n_tiles=first_of_keys.shape[1],
-            scale=scale,
-            SLOT_N=block_n,
-            **of_chunk,
-            **to_dkdv.kwargs(),
-        )
-        started_tiles = end_tile
-    if dk is None or dv is None:
+    if dkdv is None or dk is None or dv is None:
         return dq, None, None
-    dk, dv = ((x[0] if len(x) == 1 else x.sum(0)).to(k.dtype) for x in (dk, dv))
+    if plan.dtype == dtype and plan.parts == 1:
+        return dq, dk[0], dv[0]
+    sums = torch.empty((2, *k.shape), dtype=dtype, device=device)
+    config = launch("attention_sum", "any", device)
+    _attention_sum_kernel[(cdiv(k.numel(), config.blocks["BLOCK"]), 2)](
+        parts_ptr=dkdv, out_ptr=sums, n_elements=k.numel(), PARTS=plan.parts, **config.kwargs()
+    )
+    dk, dv = sums.unbind()
     return dq, dk, dv

@@ -11,6 +11,8 @@ go through the same tiles again with `finite_rows`.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from fastgemma.kernels.backend import jit, tl
@@ -19,6 +21,15 @@ from fastgemma.kernels.launch import Launch, launch
 LOG2E = 1.4426950408889634
 # Beyond any sequence, and no overflow when a tile is added to it.
 NO_KEY = 1 << 30
+# Shapes whose launches are kept prepared.
+MAX_PLANS = 256
+
+
+class Prepared(NamedTuple):
+    """A launch but for its pointers: what comes again with every layer and step costs host time to work out."""
+
+    grid: tuple[int, ...]
+    numbers: dict[str, Any]  # constants and the compiler's options as well
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Launch:

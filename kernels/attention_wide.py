@@ -15,11 +15,16 @@ this one's).
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from fastgemma.kernels.attention_tiles import (
     LOG2E,
+    MAX_PLANS,
     NO_KEY,
+    Prepared,
     all_finite,
     chunk_tile,
     finite_rows,
@@ -30,7 +35,8 @@ from fastgemma.kernels.attention_tiles import (
     wide,
 )
 from fastgemma.kernels.backend import cdiv, jit, kernel_of_any_numbers, tl
-from fastgemma.kernels.key_intervals import KeyIntervals
+from fastgemma.kernels.key_intervals import KeyIntervals, Reach
+from fastgemma.kernels.launch import Launch
 from fastgemma.kernels.workspace import workspace_bytes
 
 # Positions of a chunk are a multiple of this, so that chunks are whole tiles of rows for any even group.
@@ -39,9 +45,9 @@ _ALIGN = 64
 _ENOUGH = 256 << 20
 
 
-def chunk_of_positions(seq_len: int, bytes_per_position: int, device: torch.device) -> int:
+def chunk_of_positions(seq_len: int, bytes_per_position: int, budget: int) -> int:
     """How many positions at once: half of the budget, no more than is useful, at least 64."""
-    affordable = min(workspace_bytes(device) // 2, _ENOUGH) // bytes_per_position
+    affordable = min(budget // 2, _ENOUGH) // bytes_per_position
     return min(seq_len, max(affordable // _ALIGN, 1) * _ALIGN)
 
 
@@ -198,40 +204,40 @@ def _attention_output_kernel(
         tl.store(lse_ptr + q_rows, tl.where(some, highest + tl.log2(total), 0.0), mask=exists)
 
 
-def wide_attention_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    intervals: KeyIntervals,
+class _Plan(NamedTuple):
+    """What `wide_attention_fwd` needs for tensors of one shape: launches by chunk of positions; numbers in buffers."""
+
+    chunks: list[tuple[Prepared, Prepared]]  # to scores, to the output
+    workspace_size: int
+    stats_size: int
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(
+    shape: torch.Size,
+    num_key_value_heads: int,
+    itemsize: int,
+    scores: Launch,
+    output: Launch,
+    reach: Reach,
     scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Writes `out` and `lse`, which are as `attention_fwd` returns them."""
-    batch, seq_len, num_heads, head_dim = q.shape
-    num_key_value_heads = k.shape[2]
+    budget: int,
+) -> _Plan:
+    batch, seq_len, num_heads, head_dim = shape
     group, slots = num_heads // num_key_value_heads, batch * num_key_value_heads
-    scores = tiles("attention_scores", head_dim, q.dtype, q.device)
-    output = tiles("attention_output", head_dim, q.dtype, q.device)
     rows_of_tile = max(scores.blocks["BLOCK_M"], output.blocks["BLOCK_M"])
     block_n = scores.blocks["BLOCK_N"]
-    chunk = chunk_of_positions(seq_len, slots * group * cdiv(seq_len, block_n) * block_n * q.element_size(), q.device)
-    chunks = [
-        (start, min(start + chunk, seq_len), *intervals.tiles_of_rows(start, min(start + chunk, seq_len), block_n))
-        for start in range(0, seq_len, chunk)
-    ]
+    chunk = chunk_of_positions(seq_len, slots * group * cdiv(seq_len, block_n) * block_n * itemsize, budget)
     n_rows = cdiv(chunk * group, rows_of_tile) * rows_of_tile
-    most_tiles = max(end - first for _, _, first, end in chunks)
-    workspace = torch.empty(slots * n_rows * most_tiles * block_n, dtype=q.dtype, device=q.device)
-    peaks, totals = (torch.empty(most_tiles * slots * n_rows, dtype=torch.float32, device=q.device) for _ in range(2))
-    for start, stop, first_tile, end_tile in chunks:
+    pieces = head_dim // output.blocks["DIMS"]
+    chunks = []
+    most_tiles = 0
+    for start in range(0, seq_len, chunk):
+        stop = min(start + chunk, seq_len)
+        first_tile, end_tile = reach.tiles_of_rows(start, stop, block_n)
         n_tiles = end_tile - first_tile
+        most_tiles = max(most_tiles, n_tiles)
         shared = {
-            "lo_ptr": intervals.lo,
-            "hi_ptr": intervals.hi,
-            "workspace_ptr": workspace,
-            "peaks_ptr": peaks,
-            "totals_ptr": totals,
             "seq_len": seq_len,
             "start": start,
             "stop": stop,
@@ -243,19 +249,42 @@ def wide_attention_fwd(
             "HEAD_DIM": head_dim,
             "NO_KEY": NO_KEY,
         }
-        _attention_scores_kernel[(n_rows // scores.blocks["BLOCK_M"] * n_tiles, slots)](
-            q_ptr=q,
-            k_ptr=k,
-            scale_log2=scale * LOG2E,
-            **shared,
-            **scores.kwargs(),
+        chunks.append(
+            (
+                Prepared(
+                    (n_rows // scores.blocks["BLOCK_M"] * n_tiles, slots),
+                    {"scale_log2": scale * LOG2E, **shared, **scores.kwargs()},
+                ),
+                Prepared(
+                    (n_rows // output.blocks["BLOCK_M"] * pieces, slots),
+                    {"BLOCK_N": block_n, **shared, **output.kwargs()},
+                ),
+            )
         )
-        pieces = head_dim // output.blocks["DIMS"]
-        _attention_output_kernel[(n_rows // output.blocks["BLOCK_M"] * pieces, slots)](
-            v_ptr=v,
-            out_ptr=out,
-            lse_ptr=lse,
-            BLOCK_N=block_n,
-            **shared,
-            **output.kwargs(),
-        )
+    return _Plan(chunks, slots * n_rows * most_tiles * block_n, slots * n_rows * most_tiles)
+
+
+def wide_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    intervals: KeyIntervals,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Writes `out` and `lse`, which are as `attention_fwd` returns them."""
+    rows = (tiles(f"attention_{name}", q.shape[3], q.dtype, q.device) for name in ("scores", "output"))
+    plan = _plan(q.shape, k.shape[2], q.dtype.itemsize, *rows, intervals.reach, scale, workspace_bytes(q.device))
+    workspace = torch.empty(plan.workspace_size, dtype=q.dtype, device=q.device)
+    peaks, totals = torch.empty((2, plan.stats_size), dtype=torch.float32, device=q.device).unbind()
+    shared = {
+        "lo_ptr": intervals.lo,
+        "hi_ptr": intervals.hi,
+        "workspace_ptr": workspace,
+        "peaks_ptr": peaks,
+        "totals_ptr": totals,
+    }
+    for to_scores, to_output in plan.chunks:
+        _attention_scores_kernel[to_scores.grid](q_ptr=q, k_ptr=k, **shared, **to_scores.numbers)
+        _attention_output_kernel[to_output.grid](v_ptr=v, out_ptr=out, lse_ptr=lse, **shared, **to_output.numbers)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -22,12 +23,24 @@ import torch
 ROWS_TOGETHER = 64
 
 
+class Reach(NamedTuple):
+    """What is known of intervals without reading them, and bounds the work on the host."""
+
+    seq_len: int
+    causal: bool
+    window: int | None
+
+    def tiles_of_rows(self, start: int, stop: int, block: int) -> tuple[int, int]:
+        """The tiles of `block` keys [first, end) that rows from `start` to `stop` can attend to."""
+        first = 0 if self.window is None else max(start - self.window + 1, 0) // block
+        return first, -(-(stop if self.causal else self.seq_len) // block)
+
+
 @dataclass(frozen=True)
 class KeyIntervals:
     """`lo` and `hi` are [batch, seq_len] int32, contiguous.
 
-    What is known of every row without reading them bounds the work on the host: `causal` says that hi <= i + 1, and
-    `window` that i - lo < window.
+    Of every row `causal` says that hi <= i + 1, and `window` that i - lo < window.
     """
 
     lo: torch.Tensor
@@ -68,15 +81,14 @@ class KeyIntervals:
     def shape(self) -> torch.Size:
         return self.lo.shape
 
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.lo.shape[1], self.causal, self.window)
+
     def dense(self) -> torch.Tensor:
         """The mask that this stands for: bool [batch, seq_len, seq_len], True where a row attends to a key."""
         keys = torch.arange(self.lo.shape[1], device=self.lo.device)
         return (keys >= self.lo[..., None]) & (keys < self.hi[..., None])
-
-    def tiles_of_rows(self, start: int, stop: int, block: int) -> tuple[int, int]:
-        """The tiles of `block` keys [first, end) that rows from `start` to `stop` can attend to, by what is known."""
-        first = 0 if self.window is None else max(start - self.window + 1, 0) // block
-        return first, -(-(stop if self.causal else self.lo.shape[1]) // block)
 
     def rows_of_keys(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For every block of keys the rows [first, end) that may attend to it: two [batch, blocks] int32.

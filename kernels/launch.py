@@ -15,9 +15,12 @@ import torch
 from fastgemma.kernels.backend import interpreting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """How to launch one kernel: its constexpr block sizes, the compiler's options, and how tiles are loaded."""
+    """How to launch one kernel: its constexpr block sizes, the compiler's options, and how tiles are loaded.
+
+    Equal to itself alone, which makes it a key of what is worked out from it.
+    """
 
     blocks: dict[str, int] = field(default_factory=dict)
     num_warps: int = 4
@@ -96,6 +99,9 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("attention_output", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
     ("attention_delta", "any", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
     ("attention_delta", "any", "interpreter"): Launch({"BLOCK_M": 256}),
+    ("attention_sum", "any", "any"): Launch({"BLOCK": 1024}, num_warps=4),
+    ("attention_sum", "any", "gfx942"): Launch({"BLOCK": 1024}, num_warps=2),
+    ("attention_sum", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
     ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=8),
     ("attention_ds", "any", "sm_90"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
     ("attention_ds", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_D": 512}),

@@ -47,7 +47,8 @@ def workspace_bytes(device: torch.device | None = None) -> int:
 def has_cuda() -> bool:
     """Whether a CUDA device can be asked anything: not in a forked child of a process that uses it, such as a loader's
     worker, where every question raises."""
-    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
+    # The first answer is cheap, and that of training; the second asks the driver each time.
+    return torch.cuda.is_initialized() or (torch.cuda.is_available() and not torch.cuda._is_in_bad_fork())
 
 
 def card_bytes(device: torch.device) -> float:

@@ -213,7 +213,7 @@ def test_some_gradients(wanted: str, device: torch.device, monkeypatch: pytest.M
         "_attention_delta_kernel",
         "_attention_ds_kernel",
         *(["_attention_dq_kernel"] if "q" in wanted else []),
-        *(["_attention_dkdv_kernel"] if set(wanted) & {"k", "v"} else []),
+        *(["_attention_dkdv_kernel", "_attention_sum_kernel"] if set(wanted) & {"k", "v"} else []),
     ]
 
 
