@@ -34,7 +34,6 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": ["pytest-benchmark>=4", "matplotlib>=3.8", "liger-kernel>=0.8.5"],
-        "xformers": ["xformers>=0.0.35"],
         # Triton's interpreter cannot run loops with run-time bounds under numpy 2.4.
         "test": [
             *TRAIN,

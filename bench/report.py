@@ -30,6 +30,8 @@ _SCRIPTS = {
     "device_map_0": '`device_map={"": 0}`',
     "no_device_map": "no `device_map`",
 }
+# What stands beside a few kernels only.
+_PEERS = {"efficient": "memory-efficient"}
 # What a kernel stands in for, under the names that its benchmark gives it.
 _STOCK = ("hf", "bitsandbytes", "pageable", "nonzero")
 
@@ -237,6 +239,7 @@ def kernels(found: list[Record]) -> str:
         by_operation: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
         for record in group:
             by_operation[record["op"], record["direction"], tuple(record["shape"])][record["impl"]] = record
+        peers = {impl: name for impl, name in _PEERS.items() if any(record["impl"] == impl for record in group)}
         rows = []
         for (op, direction, shape), by_impl in sorted(by_operation.items()):
             own = by_impl.get("fastgemma")
@@ -251,12 +254,12 @@ def kernels(found: list[Record]) -> str:
                     f"{_number(rate)} {unit}" if rate else "-",
                     f"{_number(own['pct_of_ceiling'])}%" if own.get("pct_of_ceiling") else "-",
                     microseconds(stock),
-                    *(microseconds(by_impl.get(impl)) for impl in ("compile", "liger")),
+                    *(microseconds(by_impl.get(impl)) for impl in ("compile", "liger", *peers)),
                     *(_number(record.get("host_us")) for record in (own, stock or {})),
                 ]
             )
         head = ["Kernel", "**fastgemma** µs", "rate", "of ceiling", "stock µs", "torch.compile µs", "Liger µs"]
-        return _table([*head, "host µs", "stock host µs"], rows)
+        return _table([*head, *(f"{name} µs" for name in peers.values()), "host µs", "stock host µs"], rows)
 
     return _by_gpu(chosen, body)
 

@@ -93,6 +93,7 @@ def doctor() -> None:
     import fastgemma
     from fastgemma.demo.plan import gpu_problem
     from fastgemma.kernels.backend import interpreting
+    from fastgemma.kernels.launch import why_efficient_attention
 
     console = Console()
     table = Table(title="Versions", show_header=False)
@@ -110,6 +111,9 @@ def doctor() -> None:
             f"{card.total_memory / 2**30:.1f} GiB",
             highlight=False,
         )
+        reason = why_efficient_attention(torch.device("cuda", index))
+        if reason is not None:
+            console.print(f"Attention runs through PyTorch's memory-efficient kernel there: {reason}.", highlight=False)
     problem = gpu_problem()
     if problem is None:
         console.print("Kernels can run on the GPU.", style="green")

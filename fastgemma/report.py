@@ -58,8 +58,9 @@ def summarise(ops: list) -> FeatureReport:
     state = "active" if "active" in states else "refused" if "refused" in states else "off"
     reasons: dict[str, list[str]] = {}
     for op in ops:
-        if op.reason is not None:
-            reasons.setdefault(op.reason, []).append(op.target)
+        for text in (op.reason, op.note):
+            if text is not None:
+                reasons.setdefault(text, []).append(op.target)
     notes = [f"{', '.join(targets)}: {reason}" for reason, targets in reasons.items()]
     fallbacks: Counter[str] = Counter()
     for op in ops:

@@ -4,6 +4,7 @@
 
 The formulas of the backward are in `attention_backward`. Saved: q, k, v, the output, and 4 bytes a row and head. FLOPs
 of the useful work, for P pairs of a row and a key that it attends to: forward 4 P head_dim a head, backward 10.
+Where `launch.EFFICIENT_ATTENTION` says so, intervals that are `runs` go to the kernel of `attention_efficient`.
 
 Source: Dao, "FlashAttention-2" (2023); `Gemma4TextAttention` in transformers.
 """
@@ -16,9 +17,12 @@ import torch
 
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.attention_backward import attention_bwd
+from fastgemma.kernels.attention_checks import check_attention
+from fastgemma.kernels.attention_efficient import efficient_attention, efficient_problem
 from fastgemma.kernels.attention_forward import attention_fwd
-from fastgemma.kernels.backend import check_dtype, compiling_ahead, runs_kernel, triton
+from fastgemma.kernels.backend import compiling_ahead, runs_kernel
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
+from fastgemma.kernels.launch import why_efficient_attention
 
 
 class _Attention(torch.autograd.Function):
@@ -59,39 +63,25 @@ def attention(
         TypeError: unsupported or unequal dtypes. ValueError: shapes that do not fit, tensors on different devices, or a
             scale that is not above 0.
     """
-    if not scale > 0:
-        raise ValueError(f"fastgemma: attention got a scale of {scale}; give one above 0.")
-    check_dtype("q", q)
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"fastgemma: attention got q in {q.dtype}, k in {k.dtype} and v in {v.dtype}; cast them.")
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
-        raise ValueError(
-            f"fastgemma: attention got q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}; give [batch, "
-            "seq_len, heads, head_dim] that agree in all but the number of heads."
-        )
-    head_dim = q.shape[3]
-    if head_dim < 16 or head_dim & (head_dim - 1) or q.shape[2] % max(k.shape[2], 1):
-        raise ValueError(
-            f"fastgemma: attention takes a head_dim that is a power of two from 16 on, and as query heads a multiple "
-            f"of the {k.shape[2]} key/value heads; got {head_dim} and {q.shape[2]}."
-        )
-    if intervals.shape != q.shape[:2]:
-        raise ValueError(f"fastgemma: key intervals of {tuple(intervals.shape)} do not fit q {tuple(q.shape)}.")
+    check_attention(q, k, v, intervals, scale)
     if not runs_kernel(q, k, v, intervals.lo):
         return attention_reference(q, k, v, intervals, scale)
+    if intervals.runs is not None and why_efficient_attention(q.device) is not None:
+        return efficient_attention(q, k, v, intervals, scale)
     return _Attention.apply(q, k, v, intervals, scale)
 
 
 @functools.cache
-def attention_problem(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this CUDA device, or None."""
+def attention_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why attention in this dtype cannot run on this CUDA device, through our kernels or PyTorch's, or None."""
     major, _ = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return "a GPU before Ampere: Triton has no tensor cores there"
-    version = triton.__version__.split(".")
-    if major == 10 and version[:2] in (["3", "6"], ["3", "7"]):
-        return f"Triton {triton.__version__} cannot compile attention for B200; 3.8 can"
-    return None
+    if why_efficient_attention(device) is not None:
+        if dtype == torch.bfloat16 and major < 8:
+            return "bfloat16 on a GPU before Ampere"
+        return efficient_problem(device, dtype)
+    if major < 7:
+        return "a GPU before Volta"
+    return None if dtype in (torch.bfloat16, torch.float16) else str(dtype)
 
 
 @functools.cache

@@ -37,16 +37,29 @@ class Reach(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Rows, numbered through the batch, in runs: a row attends to its run up to itself, as far back as the window goes.
+
+    Both are None where every entry of the batch is one run; else where runs begin, and the number of rows.
+    """
+
+    bounds: tuple[int, ...] | None = None
+    offsets: torch.Tensor | None = None  # the bounds, int32, on the intervals' device
+
+
+@dataclass(frozen=True)
 class KeyIntervals:
     """`lo` and `hi` are [batch, seq_len] int32, contiguous.
 
-    Of every row `causal` says that hi <= i + 1, and `window` that i - lo < window.
+    Of every row `causal` says that hi <= i + 1, and `window` that i - lo < window. `runs` says that they are nothing
+    else than causal and windowed, by runs.
     """
 
     lo: torch.Tensor
     hi: torch.Tensor
     causal: bool = True
     window: int | None = None
+    runs: Runs | None = None
     _rows_of_keys: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,11 +74,20 @@ class KeyIntervals:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Sequence[torch.Tensor], causal: bool, window: int | None, blocks: Sequence[int]
+        cls,
+        tensors: Sequence[torch.Tensor],
+        causal: bool,
+        window: int | None,
+        blocks: Sequence[int],
+        one_run: bool = False,
     ) -> KeyIntervals:
-        """The same intervals as those whose `tensors(blocks)` these are, or were copied from."""
+        """The same intervals as those whose `tensors(blocks)` these are, or were copied from.
+
+        `one_run`: that every entry of the batch is one run; other `runs` are not kept.
+        """
         lo, hi, *bounds = tensors
-        return cls(lo, hi, causal, window, dict(zip(blocks, zip(bounds[::2], bounds[1::2]))))
+        runs = Runs() if one_run else None
+        return cls(lo, hi, causal, window, runs, dict(zip(blocks, zip(bounds[::2], bounds[1::2]))))
 
     def tensors(self, blocks: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """All that kernels read: lo, hi, and `rows_of_keys` of these sizes of blocks."""
@@ -75,7 +97,10 @@ class KeyIntervals:
         """Itself where it is on that device."""
         if device == self.lo.device:
             return self
-        return KeyIntervals(self.lo.to(device), self.hi.to(device), self.causal, self.window)
+        runs = self.runs
+        if runs is not None and runs.offsets is not None:
+            runs = Runs(runs.bounds, runs.offsets.to(device))
+        return KeyIntervals(self.lo.to(device), self.hi.to(device), self.causal, self.window, runs)
 
     @property
     def shape(self) -> torch.Size:
@@ -133,6 +158,7 @@ def key_intervals(
         padding_mask: [batch, seq_len], 0 at padding, which must lie at the ends of a row: keys between its first and
             its last token count as tokens.
         documents: [batch, seq_len] int, a new value where another document starts; attention stays within documents.
+            Their `runs` are known where this lies on the host.
         blocks: [batch, seq_len] int, -1 or the number of a block of consecutive tokens that attend to each other in
             both directions.
         blocks_in_window: whether the window bounds how far the tokens of a block look back.
@@ -160,8 +186,14 @@ def key_intervals(
         lo = torch.maximum(lo, rows - window + 1)
         if block_starts is not None and not blocks_in_window:
             lo = torch.minimum(lo, block_starts)
+    runs = None
+    if padding_mask is None and blocks is None:
+        if documents is None:
+            runs = Runs()
+        elif documents.device.type == "cpu":
+            runs = _runs(documents, device)
     if documents is not None:
-        documents = documents.to(device)
+        documents = documents.to(device, non_blocking=True)
         lo = torch.maximum(lo, _starts(documents, rows))
         hi = torch.minimum(hi, _ends(documents, rows))
     if padding_mask is not None:
@@ -174,14 +206,27 @@ def key_intervals(
         hi.to(torch.int32).contiguous(),
         causal=blocks is None,
         window=window if blocks is None or blocks_in_window else None,
+        runs=runs,
     )
+
+
+def _runs(documents: torch.Tensor, device: torch.device) -> Runs:
+    """Of documents on the host."""
+    changes = _changes(documents)
+    bounds = torch.nn.functional.pad(changes.flatten().nonzero().flatten(), (0, 1), value=changes.numel())
+    return Runs(tuple(bounds.tolist()), bounds.to(torch.int32).to(device, non_blocking=True))
+
+
+def _changes(labels: torch.Tensor) -> torch.Tensor:
+    """Whether a row is the first of a run of equal labels."""
+    changes = torch.ones_like(labels, dtype=torch.bool)
+    changes[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    return changes
 
 
 def _starts(labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """For every row where its run of equal labels starts."""
-    changes = torch.ones_like(labels, dtype=torch.bool)
-    changes[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    return torch.where(changes, rows, 0).cummax(1).values
+    return torch.where(_changes(labels), rows, 0).cummax(1).values
 
 
 def _ends(labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 The dispatcher reads it at every launch; a tuner and the portability gate read the same rows. An architecture without
 a row of its own uses "any". "interpreter" rows trade blocks for few, large programs: Triton's interpreter pays per
-operation, not per element.
+operation, not per element. Beside it: the architectures on which attention is another's kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastgemma.kernels.backend import interpreting
+from fastgemma.kernels.backend import HAS_TRITON, interpreting, triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +128,36 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("linear_cross_entropy", "any", "any"): Launch({"BLOCK_V": 4096}, num_warps=8),
     ("linear_cross_entropy", "any", "interpreter"): Launch({"BLOCK_V": 4096}),
 }
+
+
+@dataclass(frozen=True)
+class Instead:
+    """Why attention runs through PyTorch's memory-efficient kernel on an architecture, and not through ours."""
+
+    reason: str
+    tritons: tuple[str, ...] = ()  # the versions that it is true of; empty: all
+
+
+_NO_TENSOR_CORES = Instead("Triton has no tensor cores on GPUs before Ampere")
+_DOES_NOT_COMPILE = Instead("Triton 3.6 and 3.7 cannot compile ours for B200; 3.8 can", ("3.6", "3.7"))
+# By architecture; where there is no row, attention is ours.
+EFFICIENT_ATTENTION: dict[str, Instead] = {
+    "sm_70": _NO_TENSOR_CORES,
+    "sm_72": _NO_TENSOR_CORES,
+    "sm_75": _NO_TENSOR_CORES,
+    "sm_100": _DOES_NOT_COMPILE,
+    "sm_103": _DOES_NOT_COMPILE,
+}
+
+
+@functools.cache
+def why_efficient_attention(device: torch.device) -> str | None:
+    """Why attention on a device is PyTorch's memory-efficient kernel; None where it is ours."""
+    row = EFFICIENT_ATTENTION.get(architecture(device))
+    if row is None:
+        return None
+    version = ".".join(triton.__version__.split(".")[:2]) if HAS_TRITON else ""
+    return row.reason if not row.tritons or version in row.tritons else None
 
 
 @functools.cache

@@ -11,7 +11,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgemma.kernels.attention import attention as interval_attention
+from fastgemma.kernels.attention import attention_problem
 from fastgemma.kernels.backend import interpreting
+from fastgemma.kernels.key_intervals import KeyIntervals
+from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.patches import projections
 from fastgemma.patches.engine import Op
@@ -64,19 +67,30 @@ def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch
     return None
 
 
-def _attention_unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def _attention_unusable(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: KeyIntervals
+) -> str | None:
     """Why attention over intervals cannot run on these, or None."""
     reason = unusable(query)
     if reason is not None:
         return reason
-    if query.is_cuda and query.dtype == torch.float32 and not interpreting():
-        return "float32"
+    if query.is_cuda and not interpreting() and (reason := attention_problem(query.device, query.dtype)) is not None:
+        return reason
     if not query.dtype == key.dtype == value.dtype:
         return "queries, keys and values in different dtypes"
     if query.shape[2] != key.shape[2]:
         return "keys from a cache"
+    if intervals.runs is None and why_efficient_attention(query.device) is not None:
+        return "a mask for another device"  # layers may lie on GPUs of several kinds
     head_dim = query.shape[3]
     return f"heads of {head_dim}" if head_dim < 16 or head_dim & (head_dim - 1) else None
+
+
+def count_attention(op: Op, device: torch.device) -> None:
+    """Counts a call that attended over intervals, and notes where that is not by our kernels."""
+    op.fast()
+    reason = why_efficient_attention(device)
+    op.note = None if reason is None else f"PyTorch's memory-efficient kernel: {reason}"
 
 
 def attend(
@@ -107,12 +121,12 @@ def attend(
         shared_kv_states[attention.layer_type] = key, value
     if isinstance(attention_mask, IntervalMask):
         assert key is not None and value is not None
-        reason = _attention_unusable(query, key, value)
+        intervals = attention_mask.on(query.device)
+        reason = _attention_unusable(query, key, value, intervals)
         if reason is None:
-            op.fast()
+            count_attention(op, query.device)
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            output = interval_attention(q, k, v, attention_mask.on(query.device), attention.scaling)
-            return output.flatten(2), None
+            return interval_attention(q, k, v, intervals, attention.scaling).flatten(2), None
         op.fallback(reason)
         attention_mask = attention_mask.dense(attention.config._attn_implementation, query)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)

@@ -40,6 +40,7 @@ class Op:
     state: str = "off"  # "active", "off" or "refused"
     reason: str | None = None
     fast_calls: int = 0
+    note: str | None = None  # what to know of the fast calls
     fallbacks: Counter[str] = field(default_factory=Counter)
     release: Callable[[], None] | None = None  # gives back what it holds, when it is switched off
 

@@ -11,7 +11,7 @@ from fastgemma.patches.engine import Op
 
 _HOST_COPY = "_fastgemma_host_copy"
 # Entries of a batch that fast paths ask for.
-_NAMES = ("input_ids", "attention_mask")
+_NAMES = ("input_ids", "attention_mask", "position_ids")
 
 
 def remember(moved: torch.Tensor, original: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastgemma.kernels.attention import attention_problem, compile_attention_ahead
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
+from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.guards import is_transformers
 from fastgemma.patches.host_copies import host_copy
@@ -105,8 +106,13 @@ class IntervalMasks:
         batch, seq_len = reference.shape[:2]
         config = model.config.get_text_config()
         padding = _padding(given.get("attention_mask"), batch, seq_len, config._attn_implementation)
-        documents = _documents(model, given, batch, keep_apart)
+        by_runs = why_efficient_attention(reference.device) is not None
+        documents = _documents(model, given, batch, keep_apart, on_host=by_runs)
         blocks, everywhere = _blocks(model, config, given, reference)
+        if by_runs and not (padding is None and blocks is None):
+            # Rows of padding on the right would attend to padding: stock's loss counts them where they have labels.
+            what = "padding" if blocks is None else "images"
+            raise Unsupported(f"{what}, which PyTorch's memory-efficient kernel does not take without a dense mask")
         if documents is not None and blocks is not None and not keep_apart:
             # Stock looks images up by positions that restart with every document, or lets them reach across documents.
             raise Unsupported("images in packed rows")
@@ -115,7 +121,7 @@ class IntervalMasks:
         plain = padding is None and documents is None and blocks is None
         if plain and (found := self._kept.get(key)) is not None:
             return found
-        if reference.is_cuda and not interpreting():
+        if reference.is_cuda and not interpreting() and not by_runs:
             _compile_ahead(model, config, reference.device)
         # Tensors of inference mode could not be kept for training.
         with torch.inference_mode(False):
@@ -163,12 +169,9 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         raise Unsupported("no gpu")
     if device.type == "cuda" and not interpreting():
-        problem = attention_problem(device)
+        problem = attention_problem(device, _dtype(model))
         if problem is not None:
             raise Unsupported(problem)
-        dtype = _dtype(model)
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise Unsupported(f"{dtype}")
     if given.get("past_key_values") is not None:
         raise Unsupported("a key/value cache")
     config = model.config.get_text_config()
@@ -229,11 +232,16 @@ def _padding(mask: Any, batch: int, seq_len: int, implementation: str = "sdpa") 
     return mask
 
 
-def _documents(model: Any, given: Mapping[str, Any], batch: int, keep_apart: bool) -> torch.Tensor | None:
+def _documents(
+    model: Any, given: Mapping[str, Any], batch: int, keep_apart: bool, on_host: bool
+) -> torch.Tensor | None:
     """[batch, seq_len], a new number from each position that does not follow its predecessor; or None.
 
     Stock looks for documents only where there is neither a mask nor a cache, and text models make a cache by default
     before they look: packed rows would attend to each other. With `keep_apart` they do not in training.
+
+    Args:
+        on_host: whether they must be known there. The GPU is not waited for.
     """
     position_ids = given.get("position_ids")
     if position_ids is None:
@@ -247,6 +255,10 @@ def _documents(model: Any, given: Mapping[str, Any], batch: int, keep_apart: boo
     keep_apart = keep_apart and model.training and given.get("mm_token_type_ids") is None
     if not stock_finds_them and not keep_apart:
         return None
+    if on_host:
+        position_ids = host_copy(position_ids)
+        if position_ids is None:
+            raise Unsupported("packed rows whose position_ids were not seen before they were on the GPU")
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1).expand(batch, -1)
 

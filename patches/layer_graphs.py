@@ -22,11 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastgemma.kernels.attention import attention_problem
 from fastgemma.kernels.attention_backward import key_blocks
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.graph_replay import Tensors
+from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.workspace import card_bytes
-from fastgemma.patches.attention import attend
+from fastgemma.patches.attention import attend, count_attention
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, is_stock, unusable
 from fastgemma.patches.interval_masks import IntervalMask
@@ -108,11 +110,16 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         inputs = hidden_states, per_layer_input, key, value
         if isinstance(mask, IntervalMask):
             # What attention cannot take counts its own reason in a plain call.
-            if not over_intervals.active or hidden_states.dtype == torch.float32 and not interpreting():
+            device, dtype = hidden_states.device, hidden_states.dtype
+            compiled = device.type == "cuda" and not interpreting()
+            if not over_intervals.active or compiled and attention_problem(device, dtype) is not None:
                 raise Unsupported("attention other than over intervals")
-            intervals = mask.on(hidden_states.device)
-            blocks = key_blocks(attention.head_dim, hidden_states.dtype, hidden_states.device)
-            form = IntervalForm(intervals.causal, intervals.window, blocks)
+            intervals = mask.on(device)
+            by_runs = why_efficient_attention(device) is not None
+            if by_runs and (intervals.runs is None or intervals.runs.bounds is not None):
+                raise Unsupported("packed rows, whose lengths PyTorch's memory-efficient kernel is launched by")
+            blocks = () if by_runs else key_blocks(attention.head_dim, dtype, device)
+            form = IntervalForm(intervals.causal, intervals.window, blocks, one_run=by_runs)
             return inputs, (cos, sin, *intervals.tensors(blocks)), form, shared
         if mask is not None and mask.requires_grad:
             raise Unsupported("gradient through the mask")
@@ -149,7 +156,7 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             return original(self, *args, **kwargs)
         op.fast()
         if form is not None:
-            over_intervals.fast()
+            count_attention(over_intervals, hidden_states.device)
         count_before(parts)
         count_after(parts, per_layer_input is not None)
         out, *states = graph(inputs, constants)

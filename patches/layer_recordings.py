@@ -94,6 +94,7 @@ class IntervalForm(NamedTuple):
     causal: bool
     window: int | None
     blocks: tuple[int, ...]
+    one_run: bool
 
 
 def _run(

@@ -1,4 +1,5 @@
-"""Attention over key intervals beside SDPA, with the masks that the model would make for it, and flex_attention."""
+"""Attention over key intervals beside SDPA, with the masks that the model would make for it, flex_attention, and
+PyTorch's memory-efficient kernel told of the window ("efficient"), as xformers calls it."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from kernel_timing import Subject
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fastgemma.kernels.attention import attention
+from fastgemma.kernels.attention_efficient import efficient_attention
 from fastgemma.kernels.key_intervals import key_intervals
 
 # Tokens, query heads, key/value heads, head_dim, window (0: none): global and sliding layers of E2B and of E4B.
@@ -30,7 +32,7 @@ def _expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
 
 @pytest.mark.shapes(SHAPES, tiny=(48, 4, 2, 16, 20))
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("impl", ["fastgemma", "hf", "compile"])
+@pytest.mark.parametrize("impl", ["fastgemma", "hf", "compile", "efficient"])
 def test_attention(measure: Any, shape: tuple[int, ...], impl: str, direction: str) -> None:
     tokens, heads, kv_heads, head_dim, window = shape
     device = measure.device
@@ -48,6 +50,10 @@ def test_attention(measure: Any, shape: tuple[int, ...], impl: str, direction: s
         run = lambda q, k, v: attention(q, k, v, intervals, head_dim**-0.5)  # noqa: E731
     elif impl == "hf":
         run = sdpa
+    elif impl == "efficient":
+        if measure.tiny:
+            pytest.skip("the kernel runs on a GPU only")
+        run = lambda q, k, v: efficient_attention(q, k, v, intervals, head_dim**-0.5)  # noqa: E731
     else:
         if measure.tiny or head_dim > 256:
             pytest.skip("flex_attention compiles for a GPU, and not for heads of 512")

@@ -425,23 +425,39 @@ def test_through_descriptors(
 
 
 @pytest.mark.parametrize(
-    "capability, version, problem",
+    "capability, version, dtype, why, problem",
     [
-        ((7, 5), "3.9.0", "before Ampere"),
-        ((8, 0), "3.4.0", None),
-        ((10, 0), "3.5.1", None),
-        ((10, 0), "3.6.0", "3.8 can"),
-        ((10, 3), "3.7.1", "3.8 can"),
-        ((10, 0), "3.8.0", None),
-        ((12, 0), "3.6.0", None),
+        ((6, 1), "3.9.0", torch.float16, None, "before Volta"),
+        ((7, 0), "3.9.0", torch.float16, "before Ampere", None),
+        ((7, 5), "3.9.0", torch.float32, "before Ampere", None),
+        ((7, 5), "3.9.0", torch.bfloat16, "before Ampere", "bfloat16 on a GPU before Ampere"),
+        ((8, 0), "3.4.0", torch.bfloat16, None, None),
+        ((8, 0), "3.4.0", torch.float32, None, "float32"),
+        ((10, 0), "3.5.1", torch.bfloat16, None, None),
+        ((10, 0), "3.6.0", torch.bfloat16, "3.8 can", None),
+        ((10, 3), "3.7.1", torch.bfloat16, "3.8 can", None),
+        ((10, 0), "3.8.0", torch.bfloat16, None, None),
+        ((12, 0), "3.6.0", torch.bfloat16, None, None),
     ],
 )
-def test_where_it_cannot_run(
-    capability: tuple[int, int], version: str, problem: str | None, monkeypatch: pytest.MonkeyPatch
+def test_where_it_runs(
+    capability: tuple[int, int],
+    version: str,
+    dtype: torch.dtype,
+    why: str | None,
+    problem: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Through which kernel, and in which dtypes not at all."""
+    device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention_module, "triton", SimpleNamespace(__version__=version))
-    found = attention_problem.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(launch_module, "architecture", lambda device: "sm_{}{}".format(*capability))
+    monkeypatch.setattr(launch_module, "triton", SimpleNamespace(__version__=version))
+    found = launch_module.why_efficient_attention.__wrapped__(device)
+    assert found is None if why is None else why in found
+    monkeypatch.setattr(attention_module, "why_efficient_attention", lambda device: found)
+    monkeypatch.setattr(attention_module, "efficient_problem", lambda device, dtype: None)
+    found = attention_problem.__wrapped__(device, dtype)
     assert found is None if problem is None else problem in found
 
 

@@ -92,7 +92,7 @@ EXPECTED = (
         ("sm_100",),
         None,
         "does not compile",
-        "a pass of these compilers fails; attention stays stock there (`attention_problem`)",
+        "a pass of these compilers fails; attention is PyTorch's there (`launch.EFFICIENT_ATTENTION`)",
         tritons=("3.6", "3.7"),
     ),
 )
