@@ -161,9 +161,9 @@ def test_rows_of_a_batch_have_intervals_of_their_own(dtype: torch.dtype, device:
 
 def test_tiles_of_rows_before_the_first_that_attends(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over rows begin at a multiple of 64 positions, in the middle of a tile that nothing is written for else."""
-    for architecture in ("interpreter", launch_module.architecture(device)):
-        row = Launch({**SMALL["ds"], "BLOCK_M": 128})
-        monkeypatch.setitem(launch_module.TABLE, ("attention_ds", "any", architecture), row)
+    blocks = {**launch_module.launch("attention_ds", "any", device).blocks, "BLOCK_M": 128, "BLOCK_D": 16}
+    row = "attention_ds", "any", launch_module.architecture(device)
+    monkeypatch.setitem(launch_module.TABLE, row, Launch(blocks, num_warps=8))
     launch_module.launch.cache_clear()
     lo, hi = torch.zeros(1, 150, dtype=torch.int32), torch.ones(1, 150, dtype=torch.int32)
     lo[0, 109:], hi[0, 109:] = 32, 64

@@ -24,6 +24,7 @@ from kernel_checks import (
     relative_error,
     same_bits,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgemma.kernels import attention_efficient, attention_forward, attention_wide
 from fastgemma.kernels.attention import attention, attention_reference
@@ -295,10 +296,11 @@ def skip_without(dtype: torch.dtype) -> None:
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """As the models call it."""
+    """As the models call it, through what SDPA has for masks where it has no cuDNN: before Ampere."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def assert_as_good_as_sdpa(

@@ -85,6 +85,7 @@ def test_budget_in_a_forked_child_of_a_process_that_uses_the_card(card, monkeypa
 def test_budget_without_a_card(card, monkeypatch):
     card(80 * GIB)
     assert workspace_bytes(torch.device("cpu")) == 256 * MIB
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert workspace_bytes() == 256 * MIB
 
