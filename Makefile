@@ -4,6 +4,7 @@
 # oldest peft, trl and bitsandbytes.
 # `make gate` compiles every launch for cards that are not there; `make gate-all` does so with every Triton below.
 # `make test-upstream` runs transformers' own tests of its models, from its source distribution, on Gemma 4, patched.
+# `make sanitize` runs every kernel on an NVIDIA GPU under compute-sanitizer, which comes with the CUDA toolkit.
 # `make mutation` perturbs the kernels, and lists what their tests do not notice.
 PYTHON ?= python3
 TEST_ENV := .venv/test
@@ -15,7 +16,7 @@ OLDEST := transformers==5.15.0 peft==0.21.0 trl==1.15.0 bitsandbytes==0.50.0
 TRITONS := 3.4.0 3.5.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 PYTEST := OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest
 
-.PHONY: demo test test-fast test-matrix test-upstream gate gate-all mutation bench report lint clean
+.PHONY: demo test test-fast test-matrix test-upstream gate gate-all sanitize mutation bench report lint clean
 
 demo: $(DEMO_ENV)/.installed
 	$(DEMO_ENV)/bin/python -m fastgemma demo --output demo_output
@@ -45,6 +46,12 @@ gate-all: $(TRITONS:%=.venv/gate-%/.installed)
 	status=0; for version in $(TRITONS); do \
 		PYTHONPATH=. .venv/gate-$$version/bin/python tests/portability/gate.py || status=1; \
 	done; exit $$status
+
+sanitize: $(TEST_ENV)/.installed
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(TEST_ENV)/bin/python tests/sanitize.py || exit 1; \
+	done
 
 mutation: $(TEST_ENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(TEST_ENV)/bin/python tests/mutation.py
