@@ -31,7 +31,7 @@ def gather_rows(table: torch.Tensor, indices: torch.Tensor, device: torch.device
     columns = table.shape[1]
     if device.type != "cuda":
         return torch.index_select(table, 0, host).view(*indices.shape, columns).to(device)
-    staging = torch.empty((host.numel(), columns), dtype=table.dtype, pin_memory=True)
+    staging = torch.empty((host.numel(), columns), dtype=table.dtype, device="cpu", pin_memory=True)
     torch.index_select(table, 0, host, out=staging)
     return staging.to(device, non_blocking=True).view(*indices.shape, columns)
 

@@ -34,7 +34,7 @@ class KeptRows:
             self._count = torch.tensor(self._order.numel())
             return
         with torch.cuda.device(kept.device):
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._count = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             self._count.copy_(kept.sum(), non_blocking=True)
             # A stable sort keeps the kept rows in ascending order, ahead of the others.
             self._order = torch.sort(kept.to(torch.uint8), descending=True, stable=True).indices

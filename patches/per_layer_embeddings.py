@@ -284,7 +284,8 @@ def make_multimodal_forward(original: Callable[..., Any], ops: dict[str, Op]) ->
         if ids is not None:
             config = self.config
             soft = [config.image_token_id, config.video_token_id, config.audio_token_id]
-            is_soft = torch.isin(ids, torch.tensor([token for token in soft if token is not None], dtype=ids.dtype))
+            tokens = torch.tensor([token for token in soft if token is not None], dtype=ids.dtype, device=ids.device)
+            is_soft = torch.isin(ids, tokens)
             table.pending_ids = ids.masked_fill(is_soft, config.text_config.pad_token_id)
         try:
             return original(self, *args, **kwargs)

@@ -31,6 +31,16 @@ def test_indices_of_any_layout_and_device(index_dtype, pick, device):
     assert same_bits(gather_rows(table, indices, device).cpu(), table[indices.cpu()])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_with_another_default_device(device):
+    """`torch.set_default_device("cuda")` is some scripts' first line; only memory of the CPU can be pinned."""
+    table, indices = torch.randn(11, 4), torch.tensor([3, 10])
+    with torch.device(device):
+        rows = gather_rows(table, indices, device)
+    assert same_bits(rows.cpu(), table[indices])
+
+
 def test_first_last_and_repeated_rows(device):
     table = torch.randn(11, 4)
     indices = torch.tensor([10, 0, 0, 10, 5, 5, 5])

@@ -38,3 +38,9 @@ class TestOnTheGPU:
             torch.cuda.set_sync_debug_mode("default")
         assert not torch.cuda.current_stream().query(), "waited for work enqueued after it"
         assert torch.equal(index, (labels != -100).nonzero().squeeze(1))
+
+    def test_with_another_default_device(self, device):
+        labels = torch.tensor([4, -100, 0], device=device)
+        with torch.device(device):
+            kept = KeptRows(labels)
+            assert kept.index().tolist() == [0, 2]
