@@ -88,10 +88,9 @@ def key_bounds(lo, hi, NO_KEY: tl.constexpr):
 @jit
 def full_bounds(lo, hi, exists, first, end, NO_KEY: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of the tiles of BLOCK_N keys from `first` to `end`: from where to where all rows attend."""
-    some = lo < hi
     last_lo = tl.max(tl.where(exists, lo, 0), axis=0)
-    # A row without keys must not take part in any unmasked tile.
-    first_hi = tl.min(tl.where(exists, tl.where(some, hi, 0), NO_KEY), axis=0)
+    # A row without keys has a hi no higher than its lo, above which unmasked tiles begin.
+    first_hi = tl.min(tl.where(exists, hi, NO_KEY), axis=0)
     full = first + (tl.maximum(last_lo - first, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     partial = first + tl.maximum(first_hi - first, 0) // BLOCK_N * BLOCK_N
     full = tl.minimum(full, tl.maximum(end, first))

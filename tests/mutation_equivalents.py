@@ -143,10 +143,6 @@ EQUIVALENT: dict[Change, str] = {
         ),
     ),
     **_same(
-        "a row without keys has a hi that is no higher than its lo, above which all unmasked tiles begin",
-        ("full_bounds", "some = {lo < hi}", "(lo <= hi)"),
-    ),
-    **_same(
         "slower, the same numbers: visits tiles of which no row has a key",
         (
             "key_bounds",
@@ -156,7 +152,12 @@ EQUIVALENT: dict[Change, str] = {
     ),
     **_same(
         "slower, the same numbers: a tile that all rows attend to is masked all the same",
-        ("full_bounds", "some = {lo < hi}", "(lo >= hi)"),
+        ("full_bounds", "first_hi = tl.min({tl.where(exists, hi, NO_KEY)}, axis=0)", "hi"),
+        (
+            "full_bounds",
+            "full = first + (tl.maximum(last_lo - first, 0) + {BLOCK_N - 1}) // BLOCK_N * BLOCK_N",
+            "BLOCK_N + 1",
+        ),
         (
             "full_bounds",
             "full = first + ({tl.maximum(last_lo - first, 0) + BLOCK_N - 1}) // BLOCK_N * BLOCK_N",

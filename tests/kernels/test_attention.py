@@ -65,6 +65,13 @@ def check(inputs: dict[str, Any], intervals: KeyIntervals, scale: float = 0.3, l
     assert_float32(evaluate(run(attention, intervals, scale), inputs, [dout]), truth)
 
 
+def check_half(inputs: dict[str, Any], intervals: KeyIntervals) -> None:
+    dout = fresh(*inputs["q"].shape, device=inputs["q"].device, dtype=torch.float16, grad=False)
+    truth = evaluate(run(attention_reference, intervals, 0.3), double(inputs), [double(dout)])
+    for name, value in evaluate(run(attention, intervals, 0.3), inputs, [dout]).items():
+        assert relative_error(value, truth[name]) <= 2e-3, name
+
+
 SMALL = {
     "fwd": {"BLOCK_M": 64, "BLOCK_N": 32},
     "scores": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
@@ -152,11 +159,22 @@ def test_rows_of_a_batch_have_intervals_of_their_own(dtype: torch.dtype, device:
     inputs = make(2, 70, 6, 2, 16, device, dtype)
     if dtype == torch.float32:
         check(inputs, intervals)
-        return
-    dout = fresh(2, 70, 6, 16, device=device, dtype=dtype, grad=False)
-    truth = evaluate(run(attention_reference, intervals, 0.3), double(inputs), [double(dout)])
-    for name, value in evaluate(run(attention, intervals, 0.3), inputs, [dout]).items():
-        assert relative_error(value, truth[name]) <= 2e-3, name
+    else:
+        check_half(inputs, intervals)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (3, 1), (4, 2), (32, 1)])
+@pytest.mark.parametrize("window", [None, 40, 100])
+def test_whole_heads_in_a_program(heads: int, kv_heads: int, window: int | None, device: torch.device) -> None:
+    """The forward of 16 bits: windows of several tiles of keys, the first and last attended to in part."""
+    padding = torch.ones(2, 200)
+    padding[0, :50], padding[1, 170:] = 0, 0
+    documents = torch.cat([torch.full((n,), i) for i, n in enumerate((90, 1, 42, 67))])[None].expand(2, -1)
+    blocks = torch.full((2, 200), -1)
+    blocks[0, 30:110], blocks[1, 150:] = 1, 2
+    inputs = make(2, 200, heads, kv_heads, 16, device, torch.float16)
+    for known in ({}, {"padding_mask": padding}, {"documents": documents}, {"blocks": blocks}):
+        check_half(inputs, key_intervals(2, 200, device, window, **known))
 
 
 def test_tiles_of_rows_before_the_first_that_attends(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
