@@ -76,13 +76,27 @@ class MLP(NamedTuple):
         )
 
 
-def _tiles(x: torch.Tensor, mlp: MLP) -> list[slice]:
-    """Rows that fit the budget together: h, and the gradients of gate and up."""
-    n_rows, intermediate = x.shape[0], mlp.inner.projections[0].weight.shape[0]
-    size = n_rows * 3 * intermediate * (mlp.inner.autocast or x.dtype).itemsize
+def mlp_tiles(n_rows: int, intermediate: int, dtype: torch.dtype, device: torch.device, blocks: int = 3) -> list[slice]:
+    """Rows of which `blocks` blocks of [rows, intermediate] fit the budget together.
+
+    By default those that a forward or backward makes: h, and the gradients of gate and up.
+    """
+    size = n_rows * blocks * intermediate * dtype.itemsize
     # Of about the same size, and aligned for the matrix products.
-    height = 256 * cdiv(n_rows, 256 * max(1, cdiv(size, workspace_bytes(x.device))))
+    height = 256 * cdiv(n_rows, 256 * max(1, cdiv(size, workspace_bytes(device))))
     return [slice(start, min(start + height, n_rows)) for start in range(0, max(n_rows, 1), max(height, 1))]
+
+
+def _tiles(x: torch.Tensor, mlp: MLP) -> list[slice]:
+    return mlp_tiles(x.shape[0], mlp.inner.projections[0].weight.shape[0], mlp.inner.autocast or x.dtype, x.device)
+
+
+def add_up(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:
+    """Adds gradients from some rows to their sums, in float32, so that only the parts and their sum are rounded."""
+    for index, part in enumerate(parts):
+        if part is not None:
+            previous = totals[index]
+            totals[index] = part.float() if previous is None else previous.add_(part)
 
 
 def mlp_fwd(
@@ -142,11 +156,7 @@ def mlp_bwd(
         if dx is not None and part is not None:
             dx[rows].copy_(part)
         for total, grad in zip(sums, grads):
-            for index, tensor in enumerate(grad):
-                if tensor is not None:
-                    previous = total[index]
-                    # In float32, so that only the parts and their sum are rounded.
-                    total[index] = tensor.float() if previous is None else previous.add_(tensor)
+            add_up(total, grad)
     return dx, [
         Grads(*(None if t is None else t.to(like) for t, like in zip(total, _dtypes(p))))
         for total, p in zip(sums, (*mlp.inner.projections, *mlp.outer.projections))

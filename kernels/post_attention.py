@@ -9,45 +9,33 @@ without LoRA; the formulas are in `rms_norm`, `lora`, `lora_mlp` and `geglu`. On
 
 Saved: attended, the three (two) outputs that are normed before they are added, h1, gate and up, the per-layer gate,
 the columns that `lora_mlp` keeps, and 4 bytes a token for each norm; the MLP's input is normed again in the backward.
-Gradients of h1 from its two uses meet in float32 and are rounded once.
+Gradients of h1 from its two uses meet in float32 and are rounded once. `post_attention_tiles` saves the inputs alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from fastgemma.kernels._autograd import (
     backward_without_autocast,
-    join_trained,
     keep,
     kept,
-    masks_of,
     numbers_of,
     parts_of,
-    projections_of,
     split_trained,
     trained_only,
     wanted_of,
-    wants_of,
 )
-from fastgemma.kernels._lora_products import (
-    Grads,
-    Projection,
-    Projections,
-    Wanted,
-    check_projections,
-    with_room,
-    without_autocast,
-)
+from fastgemma.kernels._lora_products import Projection, check_projections, without_autocast
 from fastgemma.kernels._once_differentiable import once_differentiable
+from fastgemma.kernels._post_attention_rows import Kept, Tail, keeps_gate_input, rows_bwd, rows_fwd
 from fastgemma.kernels.backend import as_rows, runs_kernel
-from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
+from fastgemma.kernels.geglu import geglu_reference
 from fastgemma.kernels.lora import lora_linear_reference
-from fastgemma.kernels.lora_mlp import MLP, check_mlp, lora_mlp_reference, mlp_bwd, mlp_fwd
-from fastgemma.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference, rms_norm_residual_reference
+from fastgemma.kernels.lora_mlp import check_mlp, lora_mlp_reference
+from fastgemma.kernels.rms_norm import rms_norm_reference, rms_norm_residual_reference
 
 
 class Norms(NamedTuple):
@@ -70,171 +58,50 @@ class Matrices(NamedTuple):
     per_layer_projection: Projection | None = None
 
 
-def _one(projection: Projection, x: torch.Tensor, autocast: torch.dtype | None) -> tuple[torch.Tensor, list]:
-    """(y, masks drawn) of a single projection."""
-    bundle = Projections((projection,), autocast)
-    y, _ = bundle.forward(x)
-    return y, bundle.drawn()
-
-
-def _with_room(
-    like: torch.Tensor, bundle: Projections, gradient: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A row matrix like the given one, and the buffer that it begins, with the room that `bundle` asks for."""
-    return with_room(like.shape, bundle.room(like.dtype, gradient), like.dtype, like.device)
-
-
 class _PostAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attended, residual, per_layer_input, layer_scalar, static, numbers, eps, autocast, *trained):
-        norm1, norm2, norm3, norm4, *parts = join_trained(static, trained)
-        o, *mlp_and_gate = projections_of(parts, numbers)
-        mlp, gate = mlp_and_gate[:3], mlp_and_gate[3:]
-        rows = as_rows(attended)
-        rstd = torch.empty((4 if gate else 3, rows.shape[0]), dtype=torch.float32, device=rows.device)
-        rstd1, rstd2, rstd3, *rstd4 = rstd.unbind()
+        ctx.static, ctx.rest = static, (numbers, layer_scalar, eps, autocast)
+        keeps_h2 = keeps_gate_input(wanted_of(static, (True,) * len(trained)))
+        inputs = None if per_layer_input is None else as_rows(per_layer_input)
         with without_autocast(attended):
-            o_out, masks = _one(o, rows, autocast)
-            h1 = rms_norm_fwd(o_out, norm1, eps, as_rows(residual), rstd=rstd1)
-            bundles = MLP.of(mlp, autocast)
-            x, room = _with_room(h1, bundles.inner)
-            x = rms_norm_fwd(h1, norm2, eps, rstd=rstd2, out=x)
-            mlp_out, gate_ups, products, drawn = mlp_fwd(x, bundles, room)
-            del x, room
-            masks += drawn
-            out = rms_norm_fwd(
-                mlp_out, norm3, eps, h1, None if gate else layer_scalar, rstd3, None if gate else residual.shape
+            out, made = rows_fwd(
+                Tail.of(static, trained, *ctx.rest),
+                as_rows(attended),
+                as_rows(residual),
+                inputs,
+                keeps_h2,
+                residual.shape,
             )
-            saved = [attended, rstd, o_out, h1, mlp_out, products]
-            if gate:
-                h2, inputs = out, as_rows(per_layer_input)
-                gated, drawn = _one(gate[0], h2, autocast)
-                projection = Projections(gate[1:], autocast)
-                product, room = _with_room(gated, projection)
-                projected, _ = projection.forward(geglu_fwd(gated, inputs, product), room=room)
-                masks += drawn + projection.drawn()
-                out = rms_norm_fwd(projected, norm4, eps, h2, layer_scalar, rstd4[0], residual.shape)
-                saved += [per_layer_input, gated, projected]
-                # Its factors' gradients alone need the gate's input.
-                saved.append(h2 if any(wanted_of(static, (True,) * len(trained))[16:19]) else None)
-        ctx.static, ctx.numbers, ctx.eps, ctx.autocast = static, numbers, eps, autocast
-        ctx.layer_scalar, ctx.n_saved, ctx.n_masks = layer_scalar, len(saved), len(masks)
-        keep(ctx, trained, (*saved, *masks, *gate_ups))
+        *tensors, masks, gate_ups = made
+        ctx.n_masks = len(masks)
+        keep(ctx, trained, (attended, per_layer_input, *tensors, *masks, *gate_ups))
         return out
 
     @staticmethod
     @once_differentiable
     @backward_without_autocast
     def backward(ctx, d_out):
-        trained, activations = kept(ctx)
-        attended, rstd, o_out, h1, mlp_out, products, *per_layer = activations[: ctx.n_saved]
-        drawn, gate_ups = activations[ctx.n_saved :][: ctx.n_masks], activations[ctx.n_saved + ctx.n_masks :]
-        norm1, norm2, norm3, norm4, *parts = join_trained(ctx.static, trained)
-        o, *mlp_and_gate = projections = projections_of(parts, ctx.numbers)
-        mlp = mlp_and_gate[:3]
-        o_mask, *masks = masks_of(projections, drawn)
+        trained, (attended, per_layer_input, *saved) = kept(ctx)
+        tensors, rest = saved[: len(Kept._fields) - 2], saved[len(Kept._fields) - 2 :]
         needs = ctx.needs_input_grad
-        wants1, wants2, wants3, wants4, *flags = wanted_of(ctx.static, needs[8:])
-        wanted = wants_of(flags)
-        rstd1, rstd2, rstd3, *rstd4 = rstd.unbind()
-        scalar, autocast = ctx.layer_scalar, ctx.autocast
-        bundles = MLP.of(mlp, autocast, masks[:3], products)
-
-        d_input, d_norm4, gate_grads = None, None, []
-        if per_layer:
-            per_layer_input, gated, projected, h2 = per_layer
-            gate, projection = (Projections((p,), autocast, [mask]) for p, mask in zip(mlp_and_gate[3:], masks[3:]))
-            d_projected, room = _with_room(projected, projection, gradient=True)
-            grads = rms_norm_bwd(
-                as_rows(d_out),
-                projected,
-                norm4,
-                rstd4[0],
-                scalar,
-                needs_dresidual=True,
-                needs_dweight=wants4,
-                out=d_projected,
-            )
-            d_norm4 = grads.weight
-            d_h2, d_input, gate_grads = _per_layer_bwd(
-                d_projected,
-                room,
-                grads.residual,
-                h2,
-                gated,
-                as_rows(per_layer_input),
-                (gate, projection),
-                wanted[4:],
-                needs[2],
-            )
-            d_mlp_out, room = _with_room(mlp_out, bundles.outer, gradient=True)
-            grads = rms_norm_bwd(d_h2, mlp_out, norm3, rstd3, needs_dweight=wants3, out=d_mlp_out)
-            d_h1 = d_h2
-        else:
-            d_mlp_out, room = _with_room(mlp_out, bundles.outer, gradient=True)
-            grads = rms_norm_bwd(
-                as_rows(d_out),
-                mlp_out,
-                norm3,
-                rstd3,
-                scalar,
-                needs_dresidual=True,
-                needs_dweight=wants3,
-                out=d_mlp_out,
-            )
-            d_h1 = grads.residual
-        d_norm3 = grads.weight
-
-        x = rms_norm_fwd(h1, norm2, ctx.eps) if any(wanted[1]) or any(wanted[2]) else h1
-        dx, mlp_grads = mlp_bwd(d_mlp_out, x, gate_ups, bundles, True, wanted[1:4], room)
-        del x, d_mlp_out, room
-        grads = rms_norm_bwd(dx, h1, norm2, rstd2, addend=d_h1, needs_dweight=wants2)
-        d_h1, d_norm2 = grads.x, grads.weight
-
-        bundle = Projections((o,), autocast, [o_mask])
-        d_o_out, room = _with_room(o_out, bundle, gradient=True)
-        grads = rms_norm_bwd(d_h1, o_out, norm1, rstd1, needs_dweight=wants1, out=d_o_out)
-        d_attended, dxas = None, []
-        if needs[0]:
-            d_attended, dxas = bundle.input_gradient((d_o_out,), room=room)
-            d_attended = d_attended.view(attended.shape)
-        o_grads = bundle.factor_gradients((d_o_out,), as_rows(attended), wanted[:1], dxas)
-        factors = [gradient for grad in (*o_grads, *mlp_grads, *gate_grads) for gradient in grad]
-        flat = [grads.weight, d_norm2, d_norm3, d_norm4, *factors]
-        return (
-            d_attended,
-            d_h1.view(d_out.shape) if needs[1] else None,
-            None if d_input is None else d_input.view(per_layer_input.shape),
-            *(None,) * 5,
-            *trained_only(ctx.static, flat),
+        grads = rows_bwd(
+            Tail.of(ctx.static, trained, *ctx.rest),
+            as_rows(d_out),
+            as_rows(attended),
+            None if per_layer_input is None else as_rows(per_layer_input),
+            Kept(*tensors, rest[: ctx.n_masks], rest[ctx.n_masks :]),
+            needs[0],
+            needs[2],
+            wanted_of(ctx.static, needs[8:]),
         )
-
-
-def _per_layer_bwd(
-    d_projected: torch.Tensor,
-    room: torch.Tensor | None,
-    d_h2: torch.Tensor,
-    h2: torch.Tensor | None,
-    gated: torch.Tensor,
-    inputs: torch.Tensor,
-    bundles: Sequence[Projections],
-    wanted: Sequence[Wanted],
-    needs_input: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, list[Grads]]:
-    """(d_h2, accumulated into; the gradient of the per-layer input; those of gate and projection).
-
-    `room` is the buffer that d_projected begins, if it has room.
-    """
-    gate, projection = bundles
-    d_product, dxas = projection.input_gradient((d_projected,), room=room)
-    d_gated, room = _with_room(gated, gate, gradient=True)
-    d_input = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device) if needs_input else None
-    # The product takes the place of its gradient.
-    geglu_bwd(d_product, gated, inputs, d_gated, d_input, d_product if any(wanted[1]) else None)
-    projection_grads = projection.factor_gradients((d_projected,), d_product, wanted[1:], dxas)
-    d_h2, dxas = gate.input_gradient((d_gated,), dx=d_h2, room=room)
-    gate_grads = gate.factor_gradients((d_gated,), gated if h2 is None else h2, wanted[:1], dxas)
-    return d_h2, d_input, gate_grads + projection_grads
+        return (
+            None if grads.attended is None else grads.attended.view(attended.shape),
+            grads.residual.view(d_out.shape) if needs[1] else None,
+            None if grads.per_layer_input is None else grads.per_layer_input.view(per_layer_input.shape),
+            *(None,) * 5,
+            *trained_only(ctx.static, grads.trained),
+        )
 
 
 def _check(

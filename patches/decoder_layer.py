@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastgemma.patches import whole_layer
 from fastgemma.patches.attention import attend
 from fastgemma.patches.engine import Engine, Op, PatchError
+from fastgemma.patches.layer_calls import LayerCall, note_of, takes_notes
 from fastgemma.patches.mlp import gate_times_up, project_one
 from fastgemma.patches.norms import add_normed
 from fastgemma.patches.projections import Unsupported
@@ -43,7 +44,11 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
         module = importlib.import_module(original.__module__)
 
         def in_two_operations(
-            layer: Any, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None, kwargs: dict[str, Any]
+            layer: Any,
+            hidden_states: torch.Tensor,
+            per_layer_input: torch.Tensor | None,
+            kwargs: dict[str, Any],
+            call: LayerCall | None,
         ) -> torch.Tensor | None:
             """The layer around its attention, or None where it has to run in parts."""
             rest = dict(kwargs)
@@ -64,7 +69,11 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             except Unsupported:
                 projected = project_one(lora, layer.self_attn.o_proj, attended)
                 return behind_attention(layer, projected, residual, per_layer_input)
-            out = whole_layer.after_attention(after, attended, residual, per_layer_input)
+            if call is None:
+                out = whole_layer.after_attention(after, attended, residual, per_layer_input)
+            else:
+                computes = not call.recomputes_for_gradients(layer)
+                out = whole_layer.after_attention_checkpointed(after, attended, residual, per_layer_input, computes)
             whole_layer.count_after(ops, per_layer_input is not None)
             return out
 
@@ -94,6 +103,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             return add_normed(norms, layer.post_per_layer_input_norm, projected, hidden_states, layer.layer_scalar)
 
         def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            call = note_of(kwargs)
             if not (norms.active or activation.active or lora.active):
                 return original(self, hidden_states, *args, **kwargs)
             takes_per_layer_input = hasattr(self, "hidden_size_per_layer_input")
@@ -107,7 +117,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             kwargs.update(zip(names, args))
 
             if norms.active and activation.active and lora.active and rope.active:
-                whole = in_two_operations(self, hidden_states, per_layer_input, kwargs)
+                whole = in_two_operations(self, hidden_states, per_layer_input, kwargs, call)
                 hidden_states = in_parts(self, hidden_states, per_layer_input, kwargs) if whole is None else whole
             else:
                 hidden_states = in_parts(self, hidden_states, per_layer_input, kwargs)
@@ -118,10 +128,10 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             return hidden_states
 
         if original is decorated:
-            return forward
+            return takes_notes(forward)
         # Where transformers checkpoints inside `forward` rather than around it (as 5.23 does), it wraps the method when
         # a layer class is defined; defining one wraps ours with the same code.
-        return vars(type("PatchedLayer", (GradientCheckpointingLayer,), {"forward": forward}))["forward"]
+        return takes_notes(vars(type("PatchedLayer", (GradientCheckpointingLayer,), {"forward": forward}))["forward"])
 
     return make
 

@@ -13,12 +13,10 @@ Recording waits until it pays: for a shape that comes often, after its first cal
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,6 +30,7 @@ from fastgemma.patches.attention import attend, count_attention
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, is_stock, unusable
 from fastgemma.patches.interval_masks import IntervalMask
+from fastgemma.patches.layer_calls import call_noted, plainly_checkpointed
 from fastgemma.patches.layer_recordings import IntervalForm, LayerGraphs
 from fastgemma.patches.projections import Unsupported
 from fastgemma.patches.whole_layer import PARTS, count_after, count_before
@@ -64,14 +63,6 @@ def _not_worth(mode: bool | str, hidden_states: torch.Tensor) -> str | None:
     return "many rows: the GPU is the limit" if hidden_states.shape[:-1].numel() > limit else None
 
 
-def _plainly_checkpointed(layer: Any) -> bool:
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    if not isinstance(function, functools.partial) or function.func is not checkpoint:
-        return False
-    keywords = {"preserve_rng_state": True, **function.keywords}
-    return keywords == {"use_reentrant": False, "preserve_rng_state": True}
-
-
 def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     """`__call__` of the layer class: around transformers' checkpointing, whatever method it lives in."""
     graphs = LayerGraphs()
@@ -92,7 +83,7 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             raise Unsupported("a layer whose own call is not stock's")
         if hooked(layer) or torch.is_anomaly_enabled():
             raise Unsupported("hooks on the layer, or anomaly detection")
-        if not _plainly_checkpointed(layer):
+        if not plainly_checkpointed(layer):
             raise Unsupported("another kind of checkpointing")
         rest = dict(kwargs)
         cos, sin = rest.pop("position_embeddings")
@@ -130,14 +121,15 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (
-            op.active
-            and self.training
+            self.training
             and self.gradient_checkpointing
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and all(part.active for part in parts.values())
         ):
             return original(self, *args, **kwargs)
+        if not op.active:
+            return call_noted(original, self, args, kwargs)
         rest = dict(kwargs)
         hidden_states = args[0] if args else rest.pop("hidden_states")
         # gemma4's layers take it second; gemma4_unified's know none.
@@ -153,7 +145,7 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
             reason = str(unsupported)
         if reason is not None:
             op.fallback(reason)
-            return original(self, *args, **kwargs)
+            return call_noted(original, self, args, kwargs)
         op.fast()
         if form is not None:
             count_attention(over_intervals, hidden_states.device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastgemma.kernels.post_attention import Matrices, Norms, post_attention_unchecked
+from fastgemma.kernels.post_attention_tiles import post_attention_in_tiles, splits_rows
 from fastgemma.kernels.pre_attention import Outputs, pre_attention_unchecked
 from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.patches import projections
@@ -154,6 +155,22 @@ def after_attention(
     """The layer's output from what its attention gathered, [batch, seq_len, num_heads * head_dim]."""
     norms, matrices, scalar, eps, autocast = read
     return post_attention_unchecked(attended, residual, norms, matrices, scalar, per_layer_input, eps, autocast)
+
+
+def after_attention_checkpointed(
+    read: After,
+    attended: torch.Tensor,
+    residual: torch.Tensor,
+    per_layer_input: torch.Tensor | None,
+    computes: bool,
+) -> torch.Tensor:
+    """`after_attention` as the last operation of a checkpoint; with `computes` False its output may mean nothing."""
+    norms, matrices, scalar, eps, autocast = read
+    if not splits_rows(residual, matrices):
+        return after_attention(read, attended, residual, per_layer_input)
+    return post_attention_in_tiles(
+        attended, residual, norms, matrices, scalar, per_layer_input, eps, autocast, computes
+    )
 
 
 def count_before(ops: Mapping[str, Op]) -> None:

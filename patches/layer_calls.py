@@ -1,0 +1,85 @@
+"""Which call of a checkpointed decoder layer a forward belongs to, and whether it is that call's recomputation.
+
+Checkpointing hands a layer's keyword arguments to the recomputation as it handed them to the first forward, on whatever
+thread that runs. So a call leaves a note among them, which says when it is over: whoever runs the layer with that note
+from then on recomputes it. A checkpoint of the user's own around several layers calls them again, with new notes.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
+
+from fastgemma.patches.guards import hooked, is_stock
+
+_NAME = "_fastgemma_call"
+_takers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+
+class LayerCall:
+    """A call of a layer that transformers checkpoints, and whose output nothing reads within the checkpoint."""
+
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def recomputes_for_gradients(self, layer: Any) -> bool:
+        """Whether a forward of this call is its recomputation, and nobody reads its output now."""
+        return self.over and _unread(layer)
+
+
+def takes_notes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a layer class's forward as one that takes the note out of its arguments, by `note_of`."""
+    _takers.add(forward)
+    return forward
+
+
+def note_of(kwargs: dict[str, Any]) -> LayerCall | None:
+    """The note among a forward's arguments, which it is taken out of."""
+    return kwargs.pop(_NAME, None)
+
+
+def plainly_checkpointed(layer: Any) -> bool:
+    """Whether transformers checkpoints this layer by torch's own function, not reentrant, with nothing else asked."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if not isinstance(function, functools.partial) or function.func is not checkpoint:
+        return False
+    keywords = {"preserve_rng_state": True, **function.keywords}
+    return keywords == {"use_reentrant": False, "preserve_rng_state": True}
+
+
+def _offloads(layer: Any) -> bool:
+    """Whether transformers checkpoints it by its own function around torch's, which keeps checkpoints on the host."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant", True):
+        return False
+    return (function.func.__module__, function.func.__name__) == ("transformers.modeling_utils", "checkpoint_func")
+
+
+def _unread(layer: Any) -> bool:
+    """Whether what lies between the checkpoint and our forward hands its output on, and does nothing else with it."""
+    kind: Any = type(layer)
+    return (
+        is_stock(kind)
+        and kind.forward in _takers  # not wrapped by anybody
+        and layer._compiled_call_impl is None
+        and not hooked(layer)
+        and not _has_any_global_hook()
+    )
+
+
+def call_noted(original: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`original(layer, *args, **kwargs)`, with a note where the layer's forward may find one."""
+    if not ((plainly_checkpointed(layer) or _offloads(layer)) and _unread(layer)):
+        return original(layer, *args, **kwargs)
+    call = LayerCall()
+    try:
+        return original(layer, *args, **{**kwargs, _NAME: call})
+    finally:
+        call.over = True
