@@ -91,14 +91,6 @@ def _tiles(x: torch.Tensor, mlp: MLP) -> list[slice]:
     return mlp_tiles(x.shape[0], mlp.inner.projections[0].weight.shape[0], mlp.inner.autocast or x.dtype, x.device)
 
 
-def add_up(totals: list[torch.Tensor | None], parts: Sequence[torch.Tensor | None]) -> None:
-    """Adds gradients from some rows to their sums, in float32, so that only the parts and their sum are rounded."""
-    for index, part in enumerate(parts):
-        if part is not None:
-            previous = totals[index]
-            totals[index] = part.float() if previous is None else previous.add_(part)
-
-
 def mlp_fwd(
     x: torch.Tensor, mlp: MLP, room: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]:
@@ -156,7 +148,11 @@ def mlp_bwd(
         if dx is not None and part is not None:
             dx[rows].copy_(part)
         for total, grad in zip(sums, grads):
-            add_up(total, grad)
+            for index, tensor in enumerate(grad):
+                if tensor is not None:
+                    previous = total[index]
+                    # In float32, so that only the parts and their sum are rounded.
+                    total[index] = tensor.float() if previous is None else previous.add_(tensor)
     return dx, [
         Grads(*(None if t is None else t.to(like) for t, like in zip(total, _dtypes(p))))
         for total, p in zip(sums, (*mlp.inner.projections, *mlp.outer.projections))

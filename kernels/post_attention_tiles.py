@@ -7,9 +7,8 @@ all rows would be the largest block of a step. Rows do not know of each other, s
     its recomputation:  nothing at all; nobody reads the output
     backward:           of each tile the forward, and at once its backward
 
-The matrix products are those of `post_attention` and its recomputation; gate and up live for one tile at a time. A tile
-has as many rows as let gate and up, h, and the gradients of gate and up fit `workspace_bytes()`. Gradients of what all
-rows share are summed in float32.
+The matrix products are those of `post_attention` and its recomputation; gate and up live for one tile at a time, which
+has as many rows as a tile of `lora_mlp`. Gradients of what all rows share are summed in float32.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from fastgemma.kernels._lora_products import without_autocast
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels._post_attention_rows import Tail, keeps_gate_input, rows_bwd, rows_fwd
 from fastgemma.kernels.backend import as_rows
-from fastgemma.kernels.lora_mlp import add_up, mlp_tiles
+from fastgemma.kernels.lora_mlp import mlp_tiles
 from fastgemma.kernels.post_attention import Matrices, Norms
 
 
 def _tiles(rows: torch.Tensor, tail: Tail) -> list[slice]:
-    return mlp_tiles(rows.shape[0], tail.projections[1].weight.shape[0], rows.dtype, rows.device, blocks=5)
+    return mlp_tiles(rows.shape[0], tail.projections[1].weight.shape[0], rows.dtype, rows.device)
 
 
 def _all_rows(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -53,6 +52,21 @@ def _like(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
     return (
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if needed and tensor is not None else None
     )
+
+
+def _taken_apart(
+    sums: torch.Tensor | None, tensors: Sequence[torch.Tensor], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """The gradients that lie one behind the other in `sums`, one for each tensor that wants one."""
+    gradients: list[torch.Tensor | None] = []
+    start = 0
+    for tensor, want in zip(tensors, wanted):
+        if want and sums is not None:
+            gradients.append(sums[start : start + tensor.numel()].view(tensor.shape).to(tensor.dtype))
+            start += tensor.numel()
+        else:
+            gradients.append(None)
+    return gradients
 
 
 class _PostAttentionTiles(torch.autograd.Function):
@@ -83,7 +97,7 @@ class _PostAttentionTiles(torch.autograd.Function):
         attended, residual, per_layer_input = _all_rows(inputs)
         d_out_rows = as_rows(d_out)
         d_attended, d_residual, d_input = map(_like, (attended, residual, per_layer_input), needs)
-        sums = [None] * len(flags)
+        sums = None
         for rows in _tiles(residual, tail):
             own = attended[rows], _of(per_layer_input, rows)
             _, made = rows_fwd(tail, own[0], residual[rows], own[1], keeps_gate_input(flags))
@@ -101,22 +115,26 @@ class _PostAttentionTiles(torch.autograd.Function):
             del made
             if d_attended is not None:
                 d_attended[rows].copy_(grads.attended)
-            add_up(sums, grads.trained)
+            found = [grad for grad, want in zip(grads.trained, flags) if want]
+            if found:
+                # All at once: one after the other they would be as many launches again as the rest of a tile.
+                part = torch.cat([grad.reshape(-1) for grad in found])
+                sums = part.float() if sums is None else sums.add_(part)
             del grads
         return (
             *(None if d is None else d.view(x.shape) for d, x in zip((d_attended, d_residual, d_input), inputs)),
             *(None,) * 6,
-            *(None if d is None else d.to(x.dtype) for d, x in zip(trained_only(ctx.static, sums), trained)),
+            *_taken_apart(sums, trained, trained_only(ctx.static, flags)),
         )
 
 
 def splits_rows(residual: torch.Tensor, matrices: Matrices) -> bool:
-    """Whether `post_attention` would run its MLP in parts: memory is short, and no masks are drawn, which are drawn for
-    all rows at once."""
+    """Whether gate and up of all rows exceed `workspace_bytes()`, and no masks are drawn, which are drawn for all rows
+    at once."""
     if any(p.dropout for p in matrices if p is not None and p.adapter is not None):
         return False
     n_rows, intermediate = residual.shape[:-1].numel(), matrices.gate.weight.shape[0]
-    return len(mlp_tiles(n_rows, intermediate, residual.dtype, residual.device)) > 1
+    return len(mlp_tiles(n_rows, intermediate, residual.dtype, residual.device, blocks=2)) > 1
 
 
 def post_attention_in_tiles(
