@@ -14,6 +14,7 @@ Source: Shazeer, "GLU Variants Improve Transformer" (2020); `Gemma4TextMLP` in t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -135,11 +136,14 @@ def mlp_bwd(
 
     `room` is the buffer that dy begins, if it has the room that `mlp.outer` asked for.
     """
-    tiles = _tiles(x, mlp)
+    if len(gate_ups) == 1:
+        tiles = _tiles(x, mlp)
+        gate_ups = [gate_ups[0][rows] for rows in tiles]
+    else:  # the forward's tiles, whatever the budget is by now
+        ends = list(itertools.accumulate(len(gate_up) for gate_up in gate_ups))
+        tiles = [slice(start, end) for start, end in zip([0, *ends], ends)]
     if len(tiles) == 1:
         return _mlp_bwd(dy, x, gate_ups[0], mlp, needs_dx, wanted, room)
-    if len(gate_ups) == 1:
-        gate_ups = [gate_ups[0][rows] for rows in tiles]
     dx = torch.empty(x.shape, dtype=gate_ups[0].dtype, device=x.device) if needs_dx else None
     sums: list[list[torch.Tensor | None]] = [[None, None, None] for _ in wanted]
     for rows, gate_up in zip(tiles, gate_ups):

@@ -351,6 +351,22 @@ def test_mlp_tiles_change_no_row(device, monkeypatch):
         assert relative_error(tiled[name], value) < 2e-3, name
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("forward, backward", [(1, 3), (3, 1), (2, 1)])
+def test_mlp_with_another_budget_before_the_backward(forward, backward, rank, device, monkeypatch):
+    """In tiles of 256 rows: the backward's are those of what the forward saved, or smaller."""
+    inputs = make(device, MLP, rank=rank, base="nf4", x_shape=(600,))
+    expected = evaluate(ours_mlp, inputs, mlp_grad(inputs))
+    grads = [torch.autograd.grad(ours_mlp(**inputs).sum(), [inputs["x"]])[0]]
+    for tiles in (forward, backward):
+        size = 256 * tiles * 3 * INNER * 4
+        monkeypatch.setattr(lora_mlp_module, "workspace_bytes", lambda device, size=size: size)
+        if tiles == forward:
+            y = ours_mlp(**inputs)
+    grads += torch.autograd.grad(y.sum(), [inputs["x"]])
+    assert relative_error(y, expected["output 0"]) <= 1e-6 and relative_error(grads[1], grads[0]) <= 1e-6
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "expanded"])
 def test_mlp_layouts(layout, device):
     inputs = make(device, MLP, layout=layout)
