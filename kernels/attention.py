@@ -4,7 +4,8 @@
 
 The formulas of the backward are in `attention_backward`. Saved: q, k, v, the output, and 4 bytes a row and head. FLOPs
 of the useful work, for P pairs of a row and a key that it attends to: forward 4 P head_dim a head, backward 10.
-Where `launch.EFFICIENT_ATTENTION` says so, intervals that are `runs` go to the kernel of `attention_efficient`.
+Where `launch.EFFICIENT_ATTENTION` says so, intervals that are `runs` go to the kernel of `attention_efficient`, others
+to the reference.
 
 Source: Dao, "FlashAttention-2" (2023); `Gemma4TextAttention` in transformers.
 """
@@ -66,7 +67,9 @@ def attention(
     check_attention(q, k, v, intervals, scale)
     if not runs_kernel(q, k, v, intervals.lo):
         return attention_reference(q, k, v, intervals, scale)
-    if intervals.runs is not None and why_efficient_attention(q.device) is not None:
+    if why_efficient_attention(q.device) is not None:
+        if intervals.runs is None:
+            return attention_reference(q, k, v, intervals, scale)
         return efficient_attention(q, k, v, intervals, scale)
     return _Attention.apply(q, k, v, intervals, scale)
 

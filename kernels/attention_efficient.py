@@ -1,8 +1,9 @@
 """`attention` through PyTorch's memory-efficient kernel, for GPUs on which Triton has no tensor cores.
 
 The formulas are those of `attention`, over intervals that are causal and windowed within `runs`. Saved: q, k, v, the
-output, and 4 bytes a row and head. The kernel reads one key/value head for each query head: they are repeated, by a
-stride of 0 where there is one, and the gradients of a group, rounded to the inputs' dtype, are added up in float32.
+output, and 4 bytes a row and head, where runs count as long as the longest of their launch. The kernel reads one
+key/value head for each query head: they are repeated, by a stride of 0 where there is one, and the gradients of a
+group, rounded to the inputs' dtype, are added up in float32.
 
 Its backward spreads the keys over programs, which add to dq in float32 in the order in which they come: dq repeats to
 the bit only under `torch.use_deterministic_algorithms(True)`, which takes a single program for a head, and its time.
@@ -20,6 +21,8 @@ arguments mean is in torch's sources, `native/transformers/cuda/attention.cu` an
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -47,13 +50,6 @@ def _of_their_heads(gradient: torch.Tensor, num_key_value_heads: int) -> torch.T
     return gradient if group == 1 else gradient.unflatten(2, (num_key_value_heads, group)).sum(3)
 
 
-def _longest(intervals: KeyIntervals) -> int:
-    runs = intervals.runs
-    if runs is None or runs.bounds is None:
-        return intervals.shape[1]
-    return max(stop - start for start, stop in zip(runs.bounds, runs.bounds[1:]))
-
-
 def _window(intervals: KeyIntervals, longest: int) -> int | None:
     return None if intervals.window is None or intervals.window >= longest else intervals.window
 
@@ -67,30 +63,31 @@ def _as_runs(intervals: KeyIntervals, *tensors: torch.Tensor) -> list[torch.Tens
 
 def efficient_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: KeyIntervals, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output as q, and the logarithms of the sums as the backward takes them. Takes contiguous tensors."""
     if q.numel() == 0:
-        return torch.empty_like(q), q.new_empty(0, dtype=torch.float32)
-    assert intervals.runs is not None
-    longest, offsets = _longest(intervals), intervals.runs.offsets
-    queries, keys, values = _as_runs(intervals, q, *(_of_every_head(x, q.shape[2]) for x in (k, v)))
-    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        queries,
-        keys,
-        values,
-        bias=None,
-        cu_seqlens_q=offsets,
-        cu_seqlens_k=offsets,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        dropout_p=0.0,
-        custom_mask_type=_CAUSAL_FROM_TOP_LEFT,
-        # Without it rows of a single key are taken for heads, whose numbers the window is then compared with.
-        compute_log_sumexp=True,
-        scale=scale,
-        window_size=_window(intervals, longest),
-    )
-    return out.view(q.shape), lse
+        return torch.empty_like(q), []
+    rows = _as_runs(intervals, q, *(_of_every_head(x, q.shape[2]) for x in (k, v)))
+    outs, lses = [], []
+    for portion in _portions(intervals, workspace_bytes(q.device) // (4 * q.shape[2] * q.shape[3])):
+        offsets, longest = portion.offsets, portion.longest
+        out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+            *(portion.of(x) for x in rows),
+            bias=None,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            dropout_p=0.0,
+            custom_mask_type=_CAUSAL_FROM_TOP_LEFT,
+            # Without it rows of a single key are taken for heads, whose numbers the window is then compared with.
+            compute_log_sumexp=True,
+            scale=scale,
+            window_size=_window(intervals, longest),
+        )
+        outs.append(out)
+        lses.append(lse)
+    return _joined(outs).view(q.shape), lses
 
 
 def efficient_bwd(
@@ -99,53 +96,73 @@ def efficient_bwd(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lses: Sequence[torch.Tensor],
     intervals: KeyIntervals,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv of what `efficient_fwd` took and gave; all contiguous."""
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    assert intervals.runs is not None
-    longest, bounds, offsets = _longest(intervals), intervals.runs.bounds, intervals.runs.offsets
     keys, values = (_of_every_head(x, q.shape[2]) for x in (k, v))
     rows = _as_runs(intervals, dout, q, keys, values, out)
-    if bounds is None or offsets is None:
-        pieces = [_bwd(rows, lse, None, longest, _window(intervals, longest), scale)]
-    else:
-        row_bytes = 4 * q.shape[2] * q.shape[3]
-        pieces = []
-        for first, end in _portions(bounds, workspace_bytes(q.device) // row_bytes):
-            start, stop = bounds[first], bounds[end]
-            of_portion = max(b - a for a, b in zip(bounds[first:end], bounds[first + 1 : end + 1]))
-            pieces.append(
-                _bwd(
-                    [x[:, start:stop] for x in rows],
-                    lse[first:end],
-                    offsets[first : end + 1] - start,
-                    of_portion,
-                    _window(intervals, of_portion),
-                    scale,
-                )
-            )
-    dq, dk, dv = (part[0] if len(part) == 1 else torch.cat(part, 1) for part in zip(*pieces))
+    # The forward's portions, whatever the budget is by now.
+    portions = _portions(intervals, [len(lse) for lse in lses])
+    pieces = []
+    for portion, lse in zip(portions, lses):
+        window = _window(intervals, portion.longest)
+        pieces.append(_bwd([portion.of(x) for x in rows], lse, portion.offsets, portion.longest, window, scale))
+    dq, dk, dv = (_joined(parts) for parts in zip(*pieces))
     dk, dv = (_of_their_heads(x.view(q.shape), k.shape[2]) for x in (dk, dv))
     return dq.view(q.shape), dk, dv
 
 
-def _portions(bounds: tuple[int, ...], most_rows: int) -> list[tuple[int, int]]:
-    """Consecutive runs [first, end) for one launch each.
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
-    The kernel holds dq in float32 for as many rows of every run as the longest has: a long run among short ones would
-    take many times the memory of all rows.
+
+class _Portion(NamedTuple):
+    """What one launch takes of rows [1, batch * seq_len, ...] in runs; all of rows that are runs by themselves."""
+
+    rows: slice
+    offsets: torch.Tensor | None
+    longest: int
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.offsets is None else x[:, self.rows]
+
+
+def _portions(intervals: KeyIntervals, limit: int | Sequence[int]) -> list[_Portion]:
+    """Consecutive runs for one launch each: as many as `limit` says of each, or as fit so many rows.
+
+    The kernels hold the logarithms, and dq in float32, for as many rows of every run as the longest has: a long run
+    among short ones would take many times the memory of all rows.
     """
-    portions, first, longest = [], 0, 0
-    for run, (start, stop) in enumerate(zip(bounds, bounds[1:])):
-        longest = max(longest, stop - start)
-        if run > first and longest * (run + 1 - first) > most_rows:
-            portions.append((first, run))
-            first, longest = run, stop - start
-    return [*portions, (first, len(bounds) - 1)]
+    runs = intervals.runs
+    assert runs is not None
+    if runs.bounds is None or runs.offsets is None:
+        return [_Portion(slice(None), None, intervals.shape[1])]
+    bounds, offsets = runs.bounds, runs.offsets
+    counts = _counts(bounds, limit) if isinstance(limit, int) else limit
+    portions, first = [], 0
+    for count in counts:
+        end = first + count
+        longest = max(b - a for a, b in zip(bounds[first:end], bounds[first + 1 : end + 1]))
+        rows = slice(bounds[first], bounds[end])
+        portions.append(_Portion(rows, offsets[first : end + 1] - bounds[first], longest))
+        first = end
+    return portions
+
+
+def _counts(bounds: tuple[int, ...], most_rows: int) -> list[int]:
+    """How many consecutive runs go together where each counts as the longest of them."""
+    counts, count, longest = [], 0, 0
+    for start, stop in zip(bounds, bounds[1:]):
+        length = stop - start
+        if count and max(longest, length) * (count + 1) > most_rows:
+            counts.append(count)
+            count, longest = 0, 0
+        count, longest = count + 1, max(longest, length)
+    return [*counts, count]
 
 
 def _bwd(
@@ -186,15 +203,16 @@ class _EfficientAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, intervals, scale):
         rows = [_aligned(x) for x in (q, k, v)]
-        out, lse = efficient_fwd(*rows, intervals, scale)
+        out, lses = efficient_fwd(*rows, intervals, scale)
         ctx.intervals, ctx.scale = intervals, scale
-        ctx.save_for_backward(*rows, out, lse)
+        ctx.save_for_backward(*rows, out, *lses)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        gradients = efficient_bwd(_aligned(dout), *ctx.saved_tensors, ctx.intervals, ctx.scale)
+        q, k, v, out, *lses = ctx.saved_tensors
+        gradients = efficient_bwd(_aligned(dout), q, k, v, out, lses, ctx.intervals, ctx.scale)
         return *(x if need else None for x, need in zip(gradients, ctx.needs_input_grad)), None, None
 
 
@@ -213,7 +231,10 @@ def efficient_attention(
     """
     check_attention(q, k, v, intervals, scale)
     if intervals.runs is None:
-        raise ValueError("fastgemma: PyTorch's memory-efficient kernel takes causal and windowed rows only.")
+        raise ValueError(
+            "fastgemma: PyTorch's memory-efficient kernel takes causal and windowed rows only, and documents that were "
+            "on the host."
+        )
     return _EfficientAttention.apply(q, k, v, intervals, scale)
 
 
@@ -224,8 +245,8 @@ def efficient_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     intervals = key_intervals(1, 1, device)
     try:
         with torch.no_grad():
-            out, lse = efficient_fwd(x, x, x, intervals, 1.0)
-            efficient_bwd(out, x, x, x, out, lse, intervals, 1.0)
+            out, lses = efficient_fwd(x, x, x, intervals, 1.0)
+            efficient_bwd(out, x, x, x, out, lses, intervals, 1.0)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _NOT_THERE):
             raise

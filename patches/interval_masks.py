@@ -241,7 +241,7 @@ def _documents(
     before they look: packed rows would attend to each other. With `keep_apart` they do not in training.
 
     Args:
-        on_host: whether they must be known there. The GPU is not waited for.
+        on_host: whether they must be known there.
     """
     position_ids = given.get("position_ids")
     if position_ids is None:
@@ -256,9 +256,11 @@ def _documents(
     if not stock_finds_them and not keep_apart:
         return None
     if on_host:
-        position_ids = host_copy(position_ids)
-        if position_ids is None:
+        host = host_copy(position_ids)
+        if host is None and stock_finds_them:
             raise Unsupported("packed rows whose position_ids were not seen before they were on the GPU")
+        # Where stock would let documents see each other, the GPU has to be waited for.
+        position_ids = position_ids.cpu() if host is None else host
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1).expand(batch, -1)
 

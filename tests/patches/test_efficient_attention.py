@@ -170,6 +170,15 @@ def test_packed_rows_are_asked_of_the_host_copy() -> None:
     assert found is not None and found.diff().nonzero()[:, 1].tolist() == [8, 9, 16]
 
 
+def test_where_stock_would_mix_documents_the_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the loss would depend on how a batch came to the GPU."""
+    model = structures.build("e2b").train().model
+    monkeypatch.setattr(interval_masks, "host_copy", lambda tensor: None)
+    given = {"position_ids": structures.batch("packing")["position_ids"], "use_cache": True}
+    found = interval_masks._documents(model, given, 1, True, on_host=True)
+    assert found is not None and found.device.type == "cpu" and found.diff().nonzero()[:, 1].tolist() == [8, 9, 16]
+
+
 def test_accelerate_s_batches_keep_their_positions_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def moves(tensor: Any, device: Any) -> Any:
         return {name: x.to(device) for name, x in tensor.items()}
