@@ -21,8 +21,8 @@ from fastgemma.kernels.launch import Launch, launch
 LOG2E = 1.4426950408889634
 # Beyond any sequence, and no overflow when a tile is added to it.
 NO_KEY = 1 << 30
-# Shapes whose launches are kept prepared.
-MAX_PLANS = 256
+# Of launches prepared for a shape; those of a very long one take megabytes.
+MAX_PLANS = 32
 
 
 class Prepared(NamedTuple):

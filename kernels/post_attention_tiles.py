@@ -34,6 +34,10 @@ from fastgemma.kernels.backend import as_rows
 from fastgemma.kernels.lora_mlp import mlp_tiles
 from fastgemma.kernels.post_attention import Matrices, Norms
 
+# Numbers in gradients that are added up as one tensor: of adapters, whose additions one by one would be as many
+# launches again as the rest of a tile; not of whole weights, whose copy would take memory.
+_MOST_TOGETHER = 1 << 23
+
 
 def _tiles(rows: torch.Tensor, tail: Tail) -> list[slice]:
     return mlp_tiles(rows.shape[0], tail.projections[1].weight.shape[0], rows.dtype, rows.device)
@@ -52,21 +56,6 @@ def _like(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
     return (
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if needed and tensor is not None else None
     )
-
-
-def _taken_apart(
-    sums: torch.Tensor | None, tensors: Sequence[torch.Tensor], wanted: Sequence[bool]
-) -> list[torch.Tensor | None]:
-    """The gradients that lie one behind the other in `sums`, one for each tensor that wants one."""
-    gradients: list[torch.Tensor | None] = []
-    start = 0
-    for tensor, want in zip(tensors, wanted):
-        if want and sums is not None:
-            gradients.append(sums[start : start + tensor.numel()].view(tensor.shape).to(tensor.dtype))
-            start += tensor.numel()
-        else:
-            gradients.append(None)
-    return gradients
 
 
 class _PostAttentionTiles(torch.autograd.Function):
@@ -97,7 +86,9 @@ class _PostAttentionTiles(torch.autograd.Function):
         attended, residual, per_layer_input = _all_rows(inputs)
         d_out_rows = as_rows(d_out)
         d_attended, d_residual, d_input = map(_like, (attended, residual, per_layer_input), needs)
-        sums = None
+        wanted = [tensor for tensor, want in zip(trained, trained_only(ctx.static, flags)) if want]
+        together = sum(tensor.numel() for tensor in wanted) <= _MOST_TOGETHER
+        sums: list[torch.Tensor] = []
         for rows in _tiles(residual, tail):
             own = attended[rows], _of(per_layer_input, rows)
             _, made = rows_fwd(tail, own[0], residual[rows], own[1], keeps_gate_input(flags))
@@ -115,16 +106,22 @@ class _PostAttentionTiles(torch.autograd.Function):
             del made
             if d_attended is not None:
                 d_attended[rows].copy_(grads.attended)
-            found = [grad for grad, want in zip(grads.trained, flags) if want]
-            if found:
-                # All at once: one after the other they would be as many launches again as the rest of a tile.
-                part = torch.cat([grad.reshape(-1) for grad in found])
-                sums = part.float() if sums is None else sums.add_(part)
+            parts = [grad for grad, want in zip(grads.trained, flags) if want]
+            if together and parts:
+                parts = [torch.cat([part.reshape(-1) for part in parts])]
+            sums = [total.add_(part) for total, part in zip(sums, parts)] or [part.float() for part in parts]
+            del parts
             del grads
+        if together and wanted:
+            sums = list(sums[0].split_with_sizes([tensor.numel() for tensor in wanted]))
+        summed = iter(sums)
         return (
             *(None if d is None else d.view(x.shape) for d, x in zip((d_attended, d_residual, d_input), inputs)),
             *(None,) * 6,
-            *_taken_apart(sums, trained, trained_only(ctx.static, flags)),
+            *(
+                next(summed).view(tensor.shape).to(tensor.dtype) if want else None
+                for tensor, want in zip(trained, trained_only(ctx.static, flags))
+            ),
         )
 
 

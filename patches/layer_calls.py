@@ -45,21 +45,25 @@ def note_of(kwargs: dict[str, Any]) -> LayerCall | None:
     return kwargs.pop(_NAME, None)
 
 
+def _checkpointing(layer: Any) -> Callable[..., Any] | None:
+    """The function that checkpoints the layer, not reentrant and with nothing else asked; or None."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if not isinstance(function, functools.partial) or function.args:
+        return None
+    keywords = {"preserve_rng_state": True, **function.keywords}
+    return function.func if keywords == {"use_reentrant": False, "preserve_rng_state": True} else None
+
+
 def plainly_checkpointed(layer: Any) -> bool:
     """Whether transformers checkpoints this layer by torch's own function, not reentrant, with nothing else asked."""
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    if not isinstance(function, functools.partial) or function.func is not checkpoint:
-        return False
-    keywords = {"preserve_rng_state": True, **function.keywords}
-    return keywords == {"use_reentrant": False, "preserve_rng_state": True}
+    return _checkpointing(layer) is checkpoint
 
 
 def _offloads(layer: Any) -> bool:
-    """Whether transformers checkpoints it by its own function around torch's, which keeps checkpoints on the host."""
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant", True):
-        return False
-    return (function.func.__module__, function.func.__name__) == ("transformers.modeling_utils", "checkpoint_func")
+    """Whether it does so by its own function around torch's, which keeps checkpoints on the host."""
+    function: Any = _checkpointing(layer)
+    names = getattr(function, "__module__", None), getattr(function, "__name__", None)
+    return names == ("transformers.modeling_utils", "checkpoint_func")
 
 
 def _unread(layer: Any) -> bool:
