@@ -163,8 +163,11 @@ def test_rows_of_a_batch_have_intervals_of_their_own(dtype: torch.dtype, device:
         check_half(inputs, intervals)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (3, 1), (4, 2), (32, 1)])
-@pytest.mark.parametrize("window", [None, 40, 100])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), pytest.param(3, 1, marks=SLOW), pytest.param(4, 2, marks=SLOW)])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=SLOW), pytest.param(40, marks=SLOW), 100])
 def test_whole_heads_in_a_program(heads: int, kv_heads: int, window: int | None, device: torch.device) -> None:
     """The forward of 16 bits: windows of several tiles of keys, the first and last attended to in part."""
     padding = torch.ones(2, 200)
@@ -413,6 +416,15 @@ def test_errors(device: torch.device) -> None:
         attention(*make(1, 9, 2, 1, 24, device).values(), intervals)
     with pytest.raises(ValueError, match="do not fit q"):
         attention(**inputs, intervals=key_intervals(1, 8, device))
+
+
+def test_rows_of_a_tile_whose_windows_begin_one_key_apart(device: torch.device) -> None:
+    """The later ones do not attend to the first key of the first tile."""
+    inputs = {name: x.detach() for name, x in make(1, 100, 32, 1, 16, device, torch.float16).items()}
+    intervals = key_intervals(1, 100, device, 40)
+    out, _ = attention_forward.attention_fwd(**inputs, intervals=intervals, scale=0.3)
+    truth = attention_reference(**double(inputs), intervals=intervals, scale=0.3)
+    assert relative_error(out, truth) <= 2e-3
 
 
 @pytest.mark.parametrize("seq_len, kv_heads", [(1, 1), (37, 1), (64, 2), (70, 4)])

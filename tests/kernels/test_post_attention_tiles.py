@@ -127,7 +127,8 @@ def test_empty_batch(per_layer: bool, shape: tuple[int, int], device: torch.devi
     assert_same(results, evaluate(call(post_attention), inputs, make_grads(inputs)))
 
 
-@pytest.mark.parametrize("per_layer", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@both
 def test_every_gradient_alone(per_layer: bool, device: torch.device) -> None:
     inputs = make(device, per_layer, base="trained", norms=True, shape=(1, 300))
     grads = make_grads(inputs)
@@ -195,6 +196,7 @@ class Live(TorchDispatchMode):
         return run
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("base", ["nf4", "trained"])
 def test_nothing_of_the_mlp_is_there_for_all_rows(

@@ -200,6 +200,7 @@ def test_a_mask_made_for_another_kind_of_gpu_is_refused() -> None:
     assert _attention_unusable(x, x, x, padded) == "a mask for another device"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_recorded_layers(efficient: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Replayed to the bit. Launches of packed rows follow from their lengths, which no two batches share."""

@@ -166,6 +166,7 @@ def test_steps_are_bit_equal_in_bfloat16(name: str, quantized: bool) -> None:
             assert_same(step(model, seed), expected[seed])
 
 
+@pytest.mark.slow
 def test_a_layer_that_would_run_over_tiles_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short a plain call saves its inputs alone; a recording has buffers for everything anyway."""
     monkeypatch.setattr(lora_mlp, "workspace_bytes", lambda device: 1 << 16)

@@ -109,8 +109,15 @@ def whole(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
         return run()
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
-@pytest.mark.parametrize("name", ["e2b", "12b"])
+@pytest.mark.parametrize(
+    "name, quantized",
+    [
+        ("12b", False),
+        pytest.param("e2b", True, marks=pytest.mark.slow),
+        pytest.param("e2b", False, marks=pytest.mark.slow),
+        pytest.param("12b", True, marks=pytest.mark.slow),
+    ],
+)
 def test_loss_and_gradients(name: str, quantized: bool, ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name, quantized)
 
@@ -129,6 +136,7 @@ def test_loss_and_gradients(name: str, quantized: bool, ran: list[bool], monkeyp
     assert actual_counts == expected_counts
 
 
+@pytest.mark.slow
 def test_is_stocks(ran: list[bool]) -> None:
     model = build("e2b")
     expected = step(model)
@@ -137,6 +145,7 @@ def test_is_stocks(ran: list[bool]) -> None:
     assert ran
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model = structures.build("e2b", **FEW_LAYERS["e2b"]).to(DEVICE).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -180,6 +189,7 @@ def _train_scalar(model: Any) -> None:
     layer.layer_scalar = nn.Parameter(layer.layer_scalar.clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [_drop, _hook, _own_forward, _other_checkpoint, _no_checkpoint, _train_scalar], ids=lambda f: f.__name__
 )
@@ -253,7 +263,7 @@ def test_without_patches_in_between(ran: list[bool]) -> None:
 # Who else runs layers again, or looks at them
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_users_checkpoint_around_the_model(reentrant: bool, ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """It recomputes calls of layers, whose outputs the next one reads."""
     model = build("12b")
@@ -274,6 +284,7 @@ def test_a_users_checkpoint_around_the_model(reentrant: bool, ran: list[bool], m
     )  # the former's first is without graph
 
 
+@pytest.mark.slow
 def test_without_early_stop(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("e2b")
     expected = whole(lambda: step(model), monkeypatch)
@@ -282,6 +293,7 @@ def test_without_early_stop(ran: list[bool], monkeypatch: pytest.MonkeyPatch) ->
     assert False in ran
 
 
+@pytest.mark.slow
 def test_two_backwards_and_one_gradient_alone(ran: list[bool]) -> None:
     model = build("e2b")
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -296,6 +308,7 @@ def test_two_backwards_and_one_gradient_alone(ran: list[bool]) -> None:
     assert ran.count(True) == len(layers(model)) and ran.count(False) >= 2 * len(layers(model))
 
 
+@pytest.mark.slow
 def test_gradients_of_inputs_alone(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("e2b").requires_grad_(False)
     inputs = batch()
@@ -321,6 +334,7 @@ def _on_all_modules(model: Any, hook: Any) -> Any:
     return nn.modules.module.register_module_forward_hook(hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("register", [_on_the_layer, _on_all_modules])
 def test_a_hook_that_comes_before_the_backward(register: Callable[..., Any], ran: list[bool]) -> None:
     """Where transformers checkpoints around hooks, this one sees the recomputation."""
@@ -342,6 +356,7 @@ def test_a_hook_that_comes_before_the_backward(register: Callable[..., Any], ran
     assert_equal(results(model, loss), expected)
 
 
+@pytest.mark.slow
 def test_a_backward_in_another_thread_while_a_layer_is_called(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's backwards run in threads of autograd's own. The interpreter allows one launch at a time."""
     model = build()
@@ -369,6 +384,7 @@ def test_a_backward_in_another_thread_while_a_layer_is_called(ran: list[bool], m
     assert_equal(results(model, second), expected)
 
 
+@pytest.mark.slow
 def test_activations_on_the_host(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """As users do it, around whole steps."""
     model = build("e2b")

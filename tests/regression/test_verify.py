@@ -405,6 +405,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["verify", *arguments, *device, "--dtype", "float32", "--seq-len", "12"])
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_an_exact_model(checkpoint):
     result = invoke(str(checkpoint), "--rank", "2", "--4bit")
     assert result.exit_code == 0 and "Verdict: exact" in result.output, result.output
