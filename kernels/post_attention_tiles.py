@@ -110,8 +110,7 @@ class _PostAttentionTiles(torch.autograd.Function):
             if together and parts:
                 parts = [torch.cat([part.reshape(-1) for part in parts])]
             sums = [total.add_(part) for total, part in zip(sums, parts)] or [part.float() for part in parts]
-            del parts
-            del grads
+            del parts, grads
         if together and wanted:
             sums = list(sums[0].split_with_sizes([tensor.numel() for tensor in wanted]))
         summed = iter(sums)

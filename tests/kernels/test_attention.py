@@ -72,6 +72,7 @@ def check_half(inputs: dict[str, Any], intervals: KeyIntervals) -> None:
         assert relative_error(value, truth[name]) <= 2e-3, name
 
 
+SLOW = pytest.mark.slow
 SMALL = {
     "fwd": {"BLOCK_M": 64, "BLOCK_N": 32},
     "scores": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
@@ -161,9 +162,6 @@ def test_rows_of_a_batch_have_intervals_of_their_own(dtype: torch.dtype, device:
         check(inputs, intervals)
     else:
         check_half(inputs, intervals)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 1), pytest.param(3, 1, marks=SLOW), pytest.param(4, 2, marks=SLOW)])
