@@ -28,8 +28,8 @@ import torch
 from fastgemma.kernels._once_differentiable import once_differentiable
 
 Tensors = Sequence[torch.Tensor | None]
-# (inputs, constants, trained) -> outputs
-Function = Callable[[Tensors, Tensors, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+# (inputs, constants, trained, whether the outputs' values are read) -> outputs
+Function = Callable[[Tensors, Tensors, Sequence[torch.Tensor], bool], tuple[torch.Tensor, ...]]
 # Elements between the starts of gradients that share a buffer: whatever reads one may read in vectors.
 _ALIGNMENT = 128
 
@@ -118,6 +118,7 @@ class Arena:
         # A pool ends with its last graph: this one outlives those that are evicted, or whose recording fails.
         self._anchor = Graph(lambda: self.buffer("anchor", (1,), torch.float32).zero_(), self.pool)
         self.lock = threading.RLock()  # autograd runs backwards in threads of its own
+        self.warm: set[Any] = set()  # kinds of functions whose work has run here
         self._loaded: dict[Any, tuple[torch.Tensor, int]] = {}
         # The same for constants that come together: their buffers, as long as nothing that stays was copied since.
         self._together: dict[Sequence[str], tuple[int, Tensors, list[Any], Tensors]] = {}
@@ -174,13 +175,15 @@ class Replay:
     """`function` recorded for inputs, constants and trained tensors like the given ones.
 
     Args:
-        function: launches work on the current stream without waiting for it.
+        function: launches work on the current stream without waiting for it. Where its outputs are not read, which is
+            in the backward, they may hold anything; gradients are asked for.
         arena: of this shape.
         names: of inputs and of constants; those of one name, shape and dtype share a buffer.
         inputs: tensors, differentiated where they require it, or None.
         constants: tensors that are not differentiated, or None.
         trained: leaves to differentiate, read in place.
         draws: whether the function draws random numbers.
+        kind: functions of one kind launch the same kernels, of which the first is run once before it is recorded.
         recurring: names of inputs whose tensors come again for other functions of this arena.
 
     Raises:
@@ -196,6 +199,7 @@ class Replay:
         constants: Tensors,
         trained: Sequence[torch.Tensor],
         draws: bool,
+        kind: Any,
         recurring: frozenset[str] = frozenset(),
     ) -> None:
         self.arena, self._names, self._recurring = arena, names, recurring
@@ -232,19 +236,21 @@ class Replay:
                 try:
                     with _plain_autograd():
                         variables = leaves()
-                        outs = function(variables, fixed, aliases)
+                        outs = function(variables, fixed, aliases, True)
                         zeros = [torch.zeros_like(out) if out.requires_grad else None for out in outs]
                         gradients(variables, outs, zeros)
                 finally:
                     if self._generator is not None:
                         self._generator.set_state(state)
+                # The recordings have memory of their own.
+                torch.cuda.empty_cache()
 
             def forward() -> None:
                 with _plain_autograd():
-                    outs = function(leaves(), fixed, aliases)
+                    outs = function(leaves(), fixed, aliases, True)
                 # A buffer made here may lie where an earlier recording works. That harms nothing that is copied out
                 # before another graph runs; what is copied in must have its place before a recording starts.
-                self._outs = [arena.buffer(f"output {i}", out.shape, out.dtype) for i, out in enumerate(outs)]
+                self._outs = [arena.buffer(f"result {i}", out.shape, out.dtype) for i, out in enumerate(outs)]
                 self._differentiable = [out.requires_grad for out in outs]
                 for buffer, out in zip(self._outs, outs):
                     buffer.copy_(out.detach())
@@ -252,13 +258,15 @@ class Replay:
             def backward() -> None:
                 with _plain_autograd():
                     variables = leaves()
-                    grads = gradients(variables, function(variables, fixed, aliases), self._upstream)
+                    grads = gradients(variables, function(variables, fixed, aliases, False), self._upstream)
                 self._collect(grads[: sum(self._wanted)], grads[sum(self._wanted) :])
 
-            warm_up()
+            if kind not in arena.warm:
+                warm_up()
+                arena.warm.add(kind)
             self._forward = Graph(forward, arena.pool)
             self._upstream = [
-                arena.buffer(f"upstream {i}", out.shape, out.dtype) if live else None
+                arena.buffer(f"result {i}", out.shape, out.dtype) if live else None
                 for i, (out, live) in enumerate(zip(self._outs, self._differentiable))
             ]
             self._backward = Graph(backward, arena.pool)
@@ -274,10 +282,16 @@ class Replay:
         """Copies gradients to where replays leave them.
 
         Those of trained tensors lie side by side, so that one copy takes them all out; those of inputs, which are
-        larger and live shorter, each have a buffer.
+        larger and live shorter, each have a buffer, which may be that of an output and its gradient.
         """
+        upstream = {buffer.data_ptr() for buffer in self._upstream if buffer is not None}
+        # What autograd only hands on would be overwritten before it is copied.
+        d_inputs, d_trained = (
+            [grad.clone() if grad is not None and grad.data_ptr() in upstream else grad for grad in grads]
+            for grads in (d_inputs, d_trained)
+        )
         self._d_inputs = [
-            None if grad is None else self.arena.buffer(f"gradient {i}", grad.shape, grad.dtype)
+            None if grad is None else self.arena.buffer(f"result {i}", grad.shape, grad.dtype)
             for i, grad in enumerate(d_inputs)
         ]
         totals: dict[torch.dtype, int] = {}

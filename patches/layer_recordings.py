@@ -26,7 +26,14 @@ from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.interval_masks import IntervalMask
 from fastgemma.patches.projections import Unsupported
 from fastgemma.patches.snapshot import Snapshot, Snapshots
-from fastgemma.patches.whole_layer import After, Before, after_attention, before_attention, read_after, read_before
+from fastgemma.patches.whole_layer import (
+    After,
+    Before,
+    after_attention_checkpointed,
+    before_attention,
+    read_after,
+    read_before,
+)
 
 # Calls of a shape that run as ever: recording takes about as long as a few of them, and has to come back.
 _PLAIN_CALLS = 2
@@ -36,6 +43,8 @@ _MAX_GRAPHS = 4
 _MAX_COUNTED = 256
 # Gradients of trained tensors are copied once more than without graphs: for adapters that is nothing.
 _MAX_TRAINED_BYTES = 64 << 20
+# Kernels are compiled for pointers that are aligned to this, and for others.
+_VECTOR_BYTES = 16
 # The attribute of a layer in which its snapshots are kept: they belong to it, and go with it.
 _NOTES = "_fastgemma_snapshots"
 
@@ -69,8 +78,8 @@ class LayerGraph:
         masks = ("mask",) if form is None else [f"interval bound {number}" for number in range(len(constants) - 2)]
         draws = any(p.dropout > 0 for p in (*read[0].projections, *(m for m in read[1].matrices if m is not None)))
         self.replay = Replay(
-            lambda inputs, constants, trained: _run(
-                attention, over_intervals, self._with(trained), inputs, constants, form
+            lambda inputs, constants, trained, reads: _run(
+                attention, over_intervals, self._with(trained), inputs, constants, form, reads
             ),
             arena,
             (names, tuple(f"{name} {kind}" for name in ("cos", "sin", *masks))),
@@ -78,6 +87,7 @@ class LayerGraph:
             constants,
             self.trained,
             draws,
+            (form, kind, attention.store_full_length_kv, _likeness(read)),
             recurring=frozenset(names[2:]),
         )
 
@@ -104,8 +114,12 @@ def _run(
     inputs: Tensors,
     constants: Tensors,
     form: IntervalForm | None,
+    reads: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """The layer's output, and its keys and values where other layers share them, as [batch, seq_len, heads, dim]."""
+    """The layer's output, and its keys and values where other layers share them, as [batch, seq_len, heads, dim].
+
+    Where nobody `reads` them, the output may hold anything.
+    """
     hidden_states, per_layer_input, key, value = inputs
     cos, sin, *masks = constants
     assert hidden_states is not None and cos is not None and sin is not None
@@ -117,7 +131,7 @@ def _run(
         states[attention.layer_type] = key.transpose(1, 2), value.transpose(1, 2)
     residual, q, k, v = before_attention(read[0], hidden_states, cos, sin)
     attended, _ = attend(over_intervals, sdpa_attention_forward, attention, q, k, v, mask, states, None)
-    out = after_attention(read[1], attended, residual, per_layer_input)
+    out = after_attention_checkpointed(read[1], attended, residual, per_layer_input, reads)
     if not attention.store_full_length_kv:
         return (out,)
     return out, *(x.transpose(1, 2) for x in states[attention.layer_type])
@@ -151,6 +165,17 @@ def _signature(item: Any) -> Any:
         return id(item)
     if isinstance(item, tuple | list):
         return tuple([_signature(part) for part in item])
+    return item
+
+
+def _likeness(item: Any) -> Any:
+    """What `_signature` depends on, but for where tensors are: layers that agree in it launch the same kernels."""
+    if isinstance(item, torch.Tensor):
+        return item.shape, item.stride(), item.dtype, item.requires_grad, item.data_ptr() % _VECTOR_BYTES
+    if isinstance(item, NF4Weight):
+        return item.shape, item.dtype, *item.layout.values(), *map(_likeness, item.pointers().values())
+    if isinstance(item, tuple | list):
+        return tuple([_likeness(part) for part in item])
     return item
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("graphs")
 NAMES = (("x", "y"), ("c",))
 
 
-def function(inputs: Any, constants: Any, trained: Any) -> tuple[torch.Tensor, ...]:
+def function(inputs: Any, constants: Any, trained: Any, reads: bool = True) -> tuple[torch.Tensor, ...]:
     """Two outputs, a third that nothing differentiates, and a trained tensor that nothing uses."""
     (x, y), (c,), (a, b, _) = inputs, constants, trained
     h = torch.tanh(x @ a) * c
@@ -34,7 +34,7 @@ def tensors(seed: int, rows: int = 5, dtype: torch.dtype = torch.float32) -> tup
 
 
 def record(inputs: Any, constants: Any, trained: Any, arena: Arena | None = None, **options: Any) -> Replay:
-    options = {"function": function, "draws": False, **options}
+    options = {"function": function, "draws": False, "kind": None, **options}
     run = options.pop("function")
     return Replay(run, arena or Arena(DEVICE), NAMES, inputs, constants, trained, **options)
 
@@ -141,7 +141,7 @@ def test_recurring_inputs_of_several_recordings() -> None:
 
 
 def test_random_numbers_are_those_of_plain_calls() -> None:
-    def drop(inputs: Any, constants: Any, trained: Any) -> tuple[torch.Tensor, ...]:
+    def drop(inputs: Any, constants: Any, trained: Any, reads: bool = True) -> tuple[torch.Tensor, ...]:
         return (torch.nn.functional.dropout(inputs[0] @ trained[0], 0.5),)
 
     inputs, constants, trained = tensors(0, rows=64)
@@ -242,7 +242,7 @@ def test_a_copy_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="memory of recordings")
 def test_recordings_share_memory_and_keep_no_activations() -> None:
-    def wide(inputs: Any, constants: Any, trained: Any) -> tuple[torch.Tensor, ...]:
+    def wide(inputs: Any, constants: Any, trained: Any, reads: bool = True) -> tuple[torch.Tensor, ...]:
         h = inputs[0]
         for _ in range(4):  # saves its own output, as fused attention does
             h = torch.softmax(h, dim=-1)
