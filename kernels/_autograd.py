@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastgemma.kernels._lora_products import Adapter, Masks, Projection, Wanted
+from fastgemma.kernels._lora_parts import Adapter, Masks, Projection, Wanted
 from fastgemma.kernels.nf4 import NF4Weight
 
 # What autograd need not see of tensors and projections: frozen tensors and NF4 weights; a mark where it must.

@@ -5,54 +5,15 @@ The formulas are in `lora`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from fastgemma.kernels._lora_parts import Adapter, Grads, Masks, Projection, Wanted
 from fastgemma.kernels.adapter_columns import Block, block_diagonal
-from fastgemma.kernels.backend import cdiv, check_dtype
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_stack
-
-Masks = list[torch.Tensor | None]
-
-
-class Adapter(NamedTuple):
-    """LoRA factors: A [rank, in_features], B [out_features, rank], same dtype, and alpha / rank or the like."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-
-
-class Projection(NamedTuple):
-    """One linear layer: base weight [out_features, in_features], dense or NF4, and its adapter, if any.
-
-    `dropout` is the probability, below 1, with which the adapter's input elements are dropped in this call. The mask is
-    drawn from torch's generator as `torch.nn.functional.dropout` draws it.
-    """
-
-    weight: torch.Tensor | NF4Weight
-    adapter: Adapter | None = None
-    dropout: float = 0.0
-
-
-class Wanted(NamedTuple):
-    """Which of a projection's gradients are asked for."""
-
-    weight: bool = False
-    A: bool = False
-    B: bool = False
-
-
-class Grads(NamedTuple):
-    """A projection's gradients; None where not asked for."""
-
-    weight: torch.Tensor | None = None
-    A: torch.Tensor | None = None
-    B: torch.Tensor | None = None
 
 
 def _dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -71,18 +32,6 @@ def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scaling * a b, rounded once; with beta 0, addmm does not read its first argument."""
     return torch.addmm(_unread(a.dtype, a.device) if out is None else out, a, b, beta=0, alpha=scaling, out=out)
-
-
-def with_room(
-    shape: Sequence[int], room: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An empty row matrix of this shape, and the buffer that it begins where `room` columns are wanted behind it."""
-    n_rows, n_cols = shape
-    if room == 0:
-        return torch.empty((n_rows, n_cols), dtype=dtype, device=device), None
-    # Rows begin at multiples of 64 elements, as they do in Gemma 4's matrices: in bf16 that is a line of the cache.
-    whole = torch.empty((n_rows, n_cols + 64 * cdiv(room, 64)), dtype=dtype, device=device)
-    return whole[:, :n_cols], whole
 
 
 def _parts(x: torch.Tensor, sizes: list[int], dim: int) -> Sequence[torch.Tensor]:
@@ -134,17 +83,47 @@ class Projections:
         weights = [p.weight for p in projections]
         self._stack = [weight for weight in weights if isinstance(weight, NF4Weight)]
         self._all_nf4 = len(self._stack) == len(projections)
+        self._held: dict[str, torch.Tensor] | None = None
 
     @property
     def drops(self) -> bool:
         """Whether masks are drawn."""
         return any(p.dropout for p in self.projections if p.adapter is not None)
 
+    def again(self, masks: Masks | None = None, products: torch.Tensor | None = None) -> Projections:
+        """The same for another pass, or for other rows, with the masks and products of these."""
+        other = object.__new__(Projections)
+        other.__dict__.update(self.__dict__)
+        other.masks = [None] * len(self.projections) if masks is None else masks
+        other.products = products
+        return other
+
     def of_rows(self, rows: slice) -> Projections:
         """The same with the masks and products of these rows alone."""
         masks = [None if mask is None else mask[rows] for mask in self.masks]
-        products = None if self.products is None else self.products[rows]
-        return Projections(self.projections, self.autocast, masks, products)
+        return self.again(masks, None if self.products is None else self.products[rows])
+
+    def holding_weights(self, most_bytes: int, dtype: torch.dtype) -> Projections:
+        """The same, and it and what is made `again` of it build widened weights once, if they take `most_bytes` at
+        most."""
+        other = self.again(self.masks, self.products)
+        if sum(weight.shape.numel() for weight in self._stack) * dtype.itemsize <= most_bytes:
+            other._held = {}
+        return other
+
+    def _weights(self, dtype: torch.dtype) -> Iterable[torch.Tensor]:
+        """Each base weight, dense, one after the other unless they are held."""
+        if self._held is None or not self.room(dtype, gradient=True):
+            return (_dense(projection.weight, dtype) for projection in self.projections)
+        whole = self._widened("rows", self._weight_above_As)
+        return whole.split_with_sizes([*(weight.shape[0] for weight in self._stack), self._rank])[:-1]
+
+    def _widened(self, side: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self._held is None:
+            return make()
+        if side not in self._held:
+            self._held[side] = make()
+        return self._held[side]
 
     def room(self, dtype: torch.dtype, gradient: bool = False) -> int:
         """How many columns behind an input of this dtype, or behind the gradient of all outputs side by side, let the
@@ -195,41 +174,47 @@ class Projections:
         return x if x.dtype == group.A.dtype else x.to(group.A.dtype)
 
     def forward(
-        self, x: torch.Tensor, joint: bool = False, room: torch.Tensor | None = None, keep_products: bool = False
+        self,
+        x: torch.Tensor,
+        joint: bool = False,
+        room: torch.Tensor | None = None,
+        keep_products: bool = False,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """(all outputs side by side, each of them) from x [rows, in_features]; `masks` then holds the masks drawn.
 
         The outputs are views of the first, [rows, sum of out_features], with `joint`; else the first means nothing.
         `room` is the buffer that x begins, if it has room behind it; the outputs are then joint, and `products` are
-        there if they are to be kept: of a wide x a second product would read more than they take.
+        there if they are to be kept: of a wide x a second product would read more than they take. Joint outputs fill
+        `out`, if given.
         """
         cast = self._cast(x)
         widths = [p.weight.shape[0] for p in self.projections]
         if room is not None:
-            whole = self._widened_product(x, room, widths)
+            whole = self._widened_product(x, room, widths, out)
             if keep_products:
                 self.products = room[:, x.shape[1] : x.shape[1] + self._rank].contiguous()
             return whole, _parts(whole, widths, 1)
         if joint and self._all_nf4:
-            whole = torch.mm(cast, dequantize_nf4_stack(self._stack, cast.dtype).t())
+            whole = torch.mm(cast, dequantize_nf4_stack(self._stack, cast.dtype).t(), out=out)
             outs = _parts(whole, widths, 1)
         elif joint and len(widths) > 1:
-            whole = torch.empty((x.shape[0], sum(widths)), dtype=cast.dtype, device=x.device)
+            whole = torch.empty((x.shape[0], sum(widths)), dtype=cast.dtype, device=x.device) if out is None else out
             outs = _parts(whole, widths, 1)
-            for projection, out in zip(self.projections, outs):
-                torch.mm(cast, _dense(projection.weight, cast.dtype).t(), out=out)
+            for projection, part in zip(self.projections, outs):
+                torch.mm(cast, _dense(projection.weight, cast.dtype).t(), out=part)
         else:
-            outs = [torch.mm(cast, _dense(p.weight, cast.dtype).t()) for p in self.projections]
+            outs = [torch.mm(cast, weight.t()) for weight in self._weights(cast.dtype)]
             whole = outs[0]
         for group in self._groups:
             xa = torch.mm(self._source(x, group), group.A.t())
             for index, xa_part in zip(group.members, _parts(xa, group.ranks, 1)):
-                adapter, out = self._adapter(index), outs[index]
+                adapter, y = self._adapter(index), outs[index]
                 B = self._cast(adapter.B).t()
-                if xa.dtype == out.dtype:
-                    torch.addmm(out, xa_part, B, alpha=adapter.scaling, out=out)
+                if xa.dtype == y.dtype:
+                    torch.addmm(y, xa_part, B, alpha=adapter.scaling, out=y)
                 else:
-                    out.add_(_scaled_mm(xa_part, B, adapter.scaling))
+                    y.add_(_scaled_mm(xa_part, B, adapter.scaling))
         return whole, outs
 
     def _scaled_xa(self, x: torch.Tensor, group: _Group, out: torch.Tensor) -> None:
@@ -241,22 +226,32 @@ class Projections:
         for scaling, A, part in zip(scalings, _parts(group.A, group.ranks, 0), _parts(out, group.ranks, 1)):
             _scaled_mm(source, A.t(), scaling, part)
 
-    def _widened_product(self, x: torch.Tensor, room: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    def _widened_product(
+        self, x: torch.Tensor, room: torch.Tensor, widths: Sequence[int], out: torch.Tensor | None
+    ) -> torch.Tensor:
         """[x | xa] [W | B]^T, rounded once."""
         columns = x.shape[1]
         end = columns + self._rank
-        weight = torch.empty((sum(widths), room.shape[1]), dtype=x.dtype, device=x.device)
-        dequantize_nf4_stack(self._stack, x.dtype, weight[:, :columns])
+        column = columns
+        for group in self._groups:
+            self._scaled_xa(x, group, room[:, column : column + group.A.shape[0]])
+            column += group.A.shape[0]
+        weight = self._widened("columns", lambda: self._weight_beside_Bs(room.shape[1], widths))
+        return torch.mm(room[:, :end], weight[:, :end].t(), out=out)
+
+    def _weight_beside_Bs(self, width: int, widths: Sequence[int]) -> torch.Tensor:
+        """[W | B], with rows of `width`."""
+        dtype, columns = self._groups[0].A.dtype, self._stack[0].shape[1]
+        weight = torch.empty((sum(widths), width), dtype=dtype, device=self._stack[0].device)
+        dequantize_nf4_stack(self._stack, dtype, weight[:, :columns])
         blocks = [Block(None, sum(widths[:index]), width, 0) for index, width in enumerate(widths)]
         column = 0
         for group in self._groups:
-            start = columns + column
-            self._scaled_xa(x, group, room[:, start : start + group.A.shape[0]])
             for index, rank in zip(group.members, group.ranks):
                 blocks[index] = blocks[index]._replace(factor=self._adapter(index).B, first_column=column)
                 column += rank
-        block_diagonal(blocks, weight[:, columns:end])
-        return torch.mm(room[:, :end], weight[:, :end].t())
+        block_diagonal(blocks, weight[:, columns : columns + self._rank])
+        return weight
 
     def drawn(self) -> list[torch.Tensor]:
         """The masks that the forward drew, to be saved."""
@@ -284,22 +279,24 @@ class Projections:
         joint: torch.Tensor | None = None,
         dx: torch.Tensor | None = None,
         room: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """dx [rows, in_features], and what `factor_gradients` can use again.
 
         `joint` is the buffer in which the `dys` lie side by side, if they do; `room` the buffer that they begin side by
-        side, if it has room behind them; `dx` is accumulated into, if given: the caller's own.
+        side, if it has room behind them; `dx` is accumulated into, if given: the caller's own. Without it, dx fills
+        `out`, if given.
         """
         dtype = dys[0].dtype
         if room is not None:
-            return self._widened_gradient(dys, room, dx)
+            return self._widened_gradient(dys, room, dx, out)
         if joint is not None and self._all_nf4:
             weight = dequantize_nf4_stack(self._stack, dtype)
-            dx = torch.mm(joint, weight) if dx is None else torch.addmm(dx, joint, weight, out=dx)
+            dx = torch.mm(joint, weight, out=out) if dx is None else torch.addmm(dx, joint, weight, out=dx)
         else:
             for projection, dy in zip(self.projections, dys):
                 weight = _dense(projection.weight, dtype)
-                dx = torch.mm(dy, weight) if dx is None else torch.addmm(dx, dy, weight, out=dx)
+                dx = torch.mm(dy, weight, out=out) if dx is None else torch.addmm(dx, dy, weight, out=dx)
         assert dx is not None
         del weight
         dxas = []
@@ -317,21 +314,26 @@ class Projections:
         return dx, dxas
 
     def _widened_gradient(
-        self, dys: Sequence[torch.Tensor], room: torch.Tensor, dx: torch.Tensor | None
+        self, dys: Sequence[torch.Tensor], room: torch.Tensor, dx: torch.Tensor | None, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """[dy | dxa] [W; A], with A's below the weights."""
-        n_rows = sum(weight.shape[0] for weight in self._stack)
-        end = n_rows + self._rank
-        weight = torch.empty((end, self._stack[0].shape[1]), dtype=room.dtype, device=room.device)
-        dequantize_nf4_stack(self._stack, room.dtype, weight[:n_rows])
-        dxas, start = [], n_rows
+        """[dy | dxa] [W; A]."""
+        start = sum(weight.shape[0] for weight in self._stack)
+        whole = room[:, : start + self._rank]
+        dxas = []
         for group in self._groups:
             stop = start + group.A.shape[0]
-            weight[start:stop].copy_(group.A)
             dxas.append(self._dxa(dys, group, room[:, start:stop]))
             start = stop
-        whole = room[:, :end]
-        return torch.mm(whole, weight) if dx is None else torch.addmm(dx, whole, weight, out=dx), dxas
+        weight = self._widened("rows", self._weight_above_As)
+        return torch.mm(whole, weight, out=out) if dx is None else torch.addmm(dx, whole, weight, out=dx), dxas
+
+    def _weight_above_As(self) -> torch.Tensor:
+        """[W; A]."""
+        dtype, start = self._groups[0].A.dtype, sum(weight.shape[0] for weight in self._stack)
+        weight = torch.empty((start + self._rank, self._stack[0].shape[1]), dtype=dtype, device=self._stack[0].device)
+        dequantize_nf4_stack(self._stack, dtype, weight[:start])
+        torch.cat([group.A for group in self._groups], out=weight[start:])
+        return weight
 
     def _products_of_groups(self, products: torch.Tensor) -> Sequence[torch.Tensor]:
         return _parts(products, [group.A.shape[0] for group in self._groups], 1)
@@ -373,44 +375,3 @@ class Projections:
                     if wanted[index].A:
                         As[index] = part.to(self._adapter(index).A.dtype)
         return [Grads(*grads) for grads in zip(weights, As, Bs)]
-
-
-def check_projections(x: torch.Tensor, projections: Sequence[Projection], autocast: torch.dtype | None) -> None:
-    """Raises TypeError or ValueError where the projections do not fit x [..., in_features]."""
-    check_dtype("x", x)
-    device, features = x.device, x.shape[-1]
-    for weight, adapter, dropout in projections:
-        if weight.shape[1] != features:
-            raise ValueError(
-                f"fastgemma: a weight of shape {tuple(weight.shape)} does not fit an input of {features} features."
-            )
-        if autocast is None and not isinstance(weight, NF4Weight) and weight.dtype != x.dtype:
-            raise TypeError(f"fastgemma: x is {x.dtype}, a base weight {weight.dtype}; cast one.")
-        if weight.device != device:
-            raise ValueError(f"fastgemma: x is on {device}, a base weight on {weight.device}; move one.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"fastgemma: dropout is {dropout}; give a probability below 1.")
-        if adapter is None:
-            continue
-        A, B, _ = adapter
-        if A.shape != (B.shape[1], features) or B.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"fastgemma: LoRA factors {tuple(A.shape)} and {tuple(B.shape)} do not fit a weight of shape "
-                f"{tuple(weight.shape)}."
-            )
-        if A.device != device or B.device != device:
-            raise ValueError(f"fastgemma: x is on {device}, LoRA factors on {A.device} and {B.device}; move one.")
-        if A.dtype != B.dtype:
-            raise TypeError(f"fastgemma: LoRA factors are {A.dtype} and {B.dtype}; cast one.")
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x as [rows, columns], for a matrix product."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-    """Products here run in the dtypes they were given; entering torch.autocast costs as much as a launch."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()

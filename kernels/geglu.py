@@ -140,7 +140,8 @@ def geglu_bwd(
 ) -> None:
     """Fills the given ones of dgate, dup and h from row matrices with unit column stride, without autograd.
 
-    The buffers are the caller's own; one of them may be `dh` itself, which is read before it is written.
+    The buffers are the caller's own, and may be `dh`, `gate` and `up` themselves, which are read before they are
+    written.
     """
     if not runs_kernel(dh, gate, up):
         with torch.enable_grad():

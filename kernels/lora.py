@@ -36,15 +36,8 @@ from fastgemma.kernels._autograd import (
     wanted_of,
     wants_of,
 )
-from fastgemma.kernels._lora_products import (
-    Adapter,
-    Grads,
-    Projection,
-    Projections,
-    check_projections,
-    rows_of,
-    without_autocast,
-)
+from fastgemma.kernels._lora_parts import Adapter, Grads, Projection, check_projections, rows_of, without_autocast
+from fastgemma.kernels._lora_products import Projections
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.nf4 import NF4Weight, dequantize_nf4_reference
 

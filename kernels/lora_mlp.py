@@ -34,17 +34,17 @@ from fastgemma.kernels._autograd import (
     wanted_of,
     wants_of,
 )
-from fastgemma.kernels._lora_products import (
+from fastgemma.kernels._lora_parts import (
     Grads,
     Masks,
     Projection,
-    Projections,
     Wanted,
     check_projections,
     rows_of,
     with_room,
     without_autocast,
 )
+from fastgemma.kernels._lora_products import Projections
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import cdiv
 from fastgemma.kernels.geglu import geglu_bwd, geglu_fwd, geglu_reference
@@ -93,16 +93,17 @@ def _tiles(x: torch.Tensor, mlp: MLP) -> list[slice]:
 
 
 def mlp_fwd(
-    x: torch.Tensor, mlp: MLP, room: torch.Tensor | None = None
+    x: torch.Tensor, mlp: MLP, room: torch.Tensor | None = None, tile: bool = False, keep_products: bool = True
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]:
     """(y [rows, hidden_size], gate beside up [some rows, 2 * intermediate_size] for all rows, down's `products`, masks
     drawn) of x [rows, hidden_size].
 
-    `room` is the buffer that x begins, if it has the room that `mlp.inner` asked for.
+    `room` is the buffer that x begins, if it has the room that `mlp.inner` asked for. With `tile`, x is a tile of the
+    caller's, whose gate and up are nobody else's, so that their gradients may take their place.
     """
-    tiles = _tiles(x, mlp)
+    tiles = [slice(0, x.shape[0])] if tile else _tiles(x, mlp)
     if len(tiles) == 1 or mlp.inner.drops or mlp.outer.drops:  # a mask is drawn for all rows at once
-        y, gate_up = _mlp_fwd(x, mlp, room)
+        y, gate_up = _mlp_fwd(x, mlp, room, tile, keep_products)
         return y, [gate_up], mlp.outer.products, mlp.inner.drawn() + mlp.outer.drawn()
     y, gate_ups, products = torch.empty_like(x, dtype=mlp.inner.autocast), [], []
     for rows in tiles:
@@ -115,12 +116,20 @@ def mlp_fwd(
     return y, gate_ups, torch.cat(products) if products else None, []
 
 
-def _mlp_fwd(x: torch.Tensor, mlp: MLP, room: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and gate beside up, of all rows at once."""
+def _mlp_fwd(
+    x: torch.Tensor, mlp: MLP, room: torch.Tensor | None, tile: bool = False, keep_products: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and gate beside up, of all rows at once; with `tile` the buffer that these begin, with room for a gradient."""
     inner, outer = mlp
-    gate_up, (gate, up) = inner.forward(x, joint=True, room=room)
+    place, buffer = None, None
+    if tile:
+        dtype = inner.autocast or x.dtype
+        shape = (x.shape[0], sum(p.weight.shape[0] for p in inner.projections))
+        place, buffer = with_room(shape, inner.room(dtype, gradient=True), dtype, x.device)
+    gate_up, (gate, up) = inner.forward(x, joint=True, room=room, out=place)
     h, room = with_room(gate.shape, outer.room(gate.dtype), gate.dtype, gate.device)
-    return outer.forward(geglu_fwd(gate, up, h), room=room, keep_products=True)[0], gate_up
+    y, _ = outer.forward(geglu_fwd(gate, up, h), room=room, keep_products=keep_products)
+    return y, gate_up if buffer is None else buffer
 
 
 def mlp_bwd(
@@ -131,11 +140,15 @@ def mlp_bwd(
     needs_dx: bool,
     wanted: Sequence[Wanted],
     room: torch.Tensor | None = None,
+    tile: bool = False,
 ) -> tuple[torch.Tensor | None, list[Grads]]:
     """dx [rows, hidden_size], and the gradients of the three projections; `gate_ups` as `mlp_fwd` gave them.
 
-    `room` is the buffer that dy begins, if it has the room that `mlp.outer` asked for.
+    `room` is the buffer that dy begins, if it has the room that `mlp.outer` asked for. With `tile`, as `mlp_fwd` had
+    it, gradients are written over gate and up.
     """
+    if tile:
+        return _mlp_bwd(dy, x, gate_ups[0], mlp, needs_dx, wanted, room, tile)
     if len(gate_ups) == 1:
         tiles = _tiles(x, mlp)
         gate_ups = [gate_ups[0][rows] for rows in tiles]
@@ -177,10 +190,12 @@ def _mlp_bwd(
     needs_dx: bool,
     wanted: Sequence[Wanted],
     room: torch.Tensor | None,
+    tile: bool = False,
 ) -> tuple[torch.Tensor | None, list[Grads]]:
     """`mlp_bwd` of all rows at once."""
     inner, outer = mlp
-    intermediate = gate_up.shape[1] // 2
+    intermediate = inner.projections[0].weight.shape[0]
+    buffer, gate_up = gate_up, gate_up[:, : 2 * intermediate]
     gate, up = gate_up.split_with_sizes((intermediate, intermediate), 1)
     needs_gate, needs_up, needs_h = (needs_dx or any(wanted[0])), (needs_dx or any(wanted[1])), any(wanted[2])
 
@@ -188,8 +203,11 @@ def _mlp_bwd(
     dh, dgate_up, down_grads = None, None, [Grads()]
     if needs_gate or needs_up:
         dh, dxas = outer.input_gradient((dy,), room=room)
-        behind = inner.room(gate_up.dtype, gradient=True) if needs_dx else 0
-        dgate_up, inner_room = with_room(gate_up.shape, behind, gate_up.dtype, gate_up.device)
+        if tile:
+            dgate_up, inner_room = gate_up, buffer if buffer.shape != gate_up.shape else None
+        else:
+            behind = inner.room(gate_up.dtype, gradient=True) if needs_dx else 0
+            dgate_up, inner_room = with_room(gate_up.shape, behind, gate_up.dtype, gate_up.device)
         dgate, dup = dgate_up.split_with_sizes((intermediate, intermediate), 1)
         # h takes the place of its gradient.
         geglu_bwd(dh, gate, up, dgate if needs_gate else None, dup if needs_up else None, dh if needs_h else None)

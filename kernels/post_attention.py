@@ -28,7 +28,7 @@ from fastgemma.kernels._autograd import (
     trained_only,
     wanted_of,
 )
-from fastgemma.kernels._lora_products import Projection, check_projections, without_autocast
+from fastgemma.kernels._lora_parts import Projection, check_projections, without_autocast
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels._post_attention_rows import Kept, Tail, keeps_gate_input, rows_bwd, rows_fwd
 from fastgemma.kernels.backend import as_rows, runs_kernel

@@ -7,13 +7,15 @@ all rows would be the largest block of a step. Rows do not know of each other, s
     its recomputation:  nothing at all; nobody reads the output
     backward:           of each tile the forward, and at once its backward
 
-The matrix products are those of `post_attention` and its recomputation; gate and up live for one tile at a time, which
-has as many rows as a tile of `lora_mlp`. Gradients of what all rows share are summed in float32.
+The matrix products are those of `post_attention` and its recomputation; gate and up live for one tile at a time, of as
+many rows as the budget allows, and their gradients take their place. Gradients of what all rows share are summed in
+float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -27,20 +29,26 @@ from fastgemma.kernels._autograd import (
     trained_only,
     wanted_of,
 )
-from fastgemma.kernels._lora_products import without_autocast
+from fastgemma.kernels._lora_parts import without_autocast
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels._post_attention_rows import Tail, keeps_gate_input, rows_bwd, rows_fwd
 from fastgemma.kernels.backend import as_rows
 from fastgemma.kernels.lora_mlp import mlp_tiles
 from fastgemma.kernels.post_attention import Matrices, Norms
+from fastgemma.kernels.workspace import workspace_bytes
 
 # Numbers in gradients that are added up as one tensor: of adapters, whose additions one by one would be as many
 # launches again as the rest of a tile; not of whole weights, whose copy would take memory.
 _MOST_TOGETHER = 1 << 23
+# What part of the budget for temporaries a weight may take that is widened once for all tiles.
+_HELD_SHARE = 8
 
 
-def _tiles(rows: torch.Tensor, tail: Tail) -> list[slice]:
-    return mlp_tiles(rows.shape[0], tail.projections[1].weight.shape[0], rows.dtype, rows.device)
+def _tail(rows: torch.Tensor, *parts: Any) -> tuple[Tail, list[slice]]:
+    """`Tail.of` these parts for these rows, and their tiles, of which gate and up fit the budget."""
+    tail = Tail.of(*parts)._replace(tile=True).holding_weights(workspace_bytes(rows.device) // _HELD_SHARE, rows.dtype)
+    intermediate = tail.projections[1].weight.shape[0]
+    return tail, mlp_tiles(rows.shape[0], intermediate, rows.dtype, rows.device, blocks=2)
 
 
 def _all_rows(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -49,6 +57,21 @@ def _all_rows(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | Non
 
 def _of(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if tensor is None else tensor[rows]
+
+
+def _add(sums: list[torch.Tensor], parts: list[torch.Tensor], together: bool) -> list[torch.Tensor]:
+    """Sums in float32, of which there is one if they are made `together`."""
+    if together and parts:
+        parts = [torch.cat([part.reshape(-1) for part in parts])]
+    return [total.add_(part) for total, part in zip(sums, parts)] or [part.float() for part in parts]
+
+
+def _apart(total: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """What `_add` put together, one for each of these tensors."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        total = total.to(dtypes.pop())
+    return total.split_with_sizes([tensor.numel() for tensor in tensors])
 
 
 def _like(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
@@ -66,13 +89,13 @@ class _PostAttentionTiles(torch.autograd.Function):
         ctx.static, ctx.rest = static, (numbers, layer_scalar, eps, autocast)
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
         if computes:
-            tail = Tail.of(static, trained, *ctx.rest)
             attended_rows, residual_rows, inputs = _all_rows((attended, residual, per_layer_input))
+            tail, tiles = _tail(residual_rows, static, trained, *ctx.rest)
             out_rows = as_rows(out)
             with without_autocast(attended):
-                for rows in _tiles(residual_rows, tail):
+                for rows in tiles:
                     part = attended_rows[rows], residual_rows[rows], _of(inputs, rows)
-                    rows_fwd(tail, *part, keeps_h2=False, out=out_rows[rows])
+                    rows_fwd(tail, *part, keeps_h2=False, out=out_rows[rows], keeps=False)
         keep(ctx, trained, (attended, residual, per_layer_input))
         return out
 
@@ -81,15 +104,16 @@ class _PostAttentionTiles(torch.autograd.Function):
     @backward_without_autocast
     def backward(ctx, d_out):
         trained, inputs = kept(ctx)
-        tail, needs = Tail.of(ctx.static, trained, *ctx.rest), ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         flags = wanted_of(ctx.static, needs[9:])
         attended, residual, per_layer_input = _all_rows(inputs)
+        tail, tiles = _tail(residual, ctx.static, trained, *ctx.rest)
         d_out_rows = as_rows(d_out)
         d_attended, d_residual, d_input = map(_like, (attended, residual, per_layer_input), needs)
         wanted = [tensor for tensor, want in zip(trained, trained_only(ctx.static, flags)) if want]
         together = sum(tensor.numel() for tensor in wanted) <= _MOST_TOGETHER
         sums: list[torch.Tensor] = []
-        for rows in _tiles(residual, tail):
+        for rows in tiles:
             own = attended[rows], _of(per_layer_input, rows)
             _, made = rows_fwd(tail, own[0], residual[rows], own[1], keeps_gate_input(flags))
             grads = rows_bwd(
@@ -100,20 +124,15 @@ class _PostAttentionTiles(torch.autograd.Function):
                 needs[0],
                 needs[2],
                 flags,
+                _of(d_attended, rows),
                 _of(d_residual, rows),
                 _of(d_input, rows),
             )
             del made
-            if d_attended is not None:
-                d_attended[rows].copy_(grads.attended)
             parts = [grad for grad, want in zip(grads.trained, flags) if want]
-            if together and parts:
-                parts = [torch.cat([part.reshape(-1) for part in parts])]
-            sums = [total.add_(part) for total, part in zip(sums, parts)] or [part.float() for part in parts]
+            sums = _add(sums, parts, together) if len(tiles) > 1 else parts
             del parts, grads
-        if together and wanted:
-            sums = list(sums[0].split_with_sizes([tensor.numel() for tensor in wanted]))
-        summed = iter(sums)
+        summed = iter(_apart(sums[0], wanted) if len(tiles) > 1 and together and wanted else sums)
         return (
             *(None if d is None else d.view(x.shape) for d, x in zip((d_attended, d_residual, d_input), inputs)),
             *(None,) * 6,
@@ -125,12 +144,15 @@ class _PostAttentionTiles(torch.autograd.Function):
 
 
 def splits_rows(residual: torch.Tensor, matrices: Matrices) -> bool:
-    """Whether gate and up of all rows exceed `workspace_bytes()`, and no masks are drawn, which are drawn for all rows
-    at once."""
+    """Whether a backward of all rows makes more than `workspace_bytes()` in the MLP, and no masks are drawn, which are
+    drawn for all rows at once.
+
+    Where gate and up alone fit, there is one tile, whose gradients take their place.
+    """
     if any(p.dropout for p in matrices if p is not None and p.adapter is not None):
         return False
     n_rows, intermediate = residual.shape[:-1].numel(), matrices.gate.weight.shape[0]
-    return len(mlp_tiles(n_rows, intermediate, residual.dtype, residual.device, blocks=2)) > 1
+    return len(mlp_tiles(n_rows, intermediate, residual.dtype, residual.device)) > 1
 
 
 def post_attention_in_tiles(

@@ -33,13 +33,8 @@ from fastgemma.kernels._autograd import (
     wanted_of,
     wants_of,
 )
-from fastgemma.kernels._lora_products import (
-    Projection,
-    Projections,
-    check_projections,
-    with_room,
-    without_autocast,
-)
+from fastgemma.kernels._lora_parts import Projection, check_projections, with_room, without_autocast
+from fastgemma.kernels._lora_products import Projections
 from fastgemma.kernels._once_differentiable import once_differentiable
 from fastgemma.kernels.backend import as_rows, runs_kernel
 from fastgemma.kernels.lora import lora_linear_reference

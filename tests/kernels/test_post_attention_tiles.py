@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from post_attention_checks import ATTENDED, HIDDEN, INNER, INPUT, both, call, ma
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgemma.kernels import adapter_columns, geglu, lora_mlp, rms_norm
+from fastgemma.kernels import adapter_columns, geglu, lora_mlp, post_attention_tiles, rms_norm
 from fastgemma.kernels import nf4 as nf4_module
 from fastgemma.kernels.backend import Kernel
 from fastgemma.kernels.post_attention import post_attention, post_attention_reference
@@ -47,7 +48,7 @@ KINDS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 256 rows in float32."""
-    budget(monkeypatch, 256 * 3 * INNER * 4)
+    budget(monkeypatch, 256 * 2 * INNER * 4)
 
 
 def budget(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -75,9 +76,13 @@ def each_tile(inputs: Inputs, grads: list[torch.Tensor], tiles: tuple[slice, ...
 
 
 def assert_same(actual: Results, expected: Results) -> None:
+    """The same bits; but cuBLAS has other kernels in float32 for rows that lie apart, as a tile's do in its buffers."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert same_bits(actual[name], value), name
+        if value.is_cuda and value.dtype == torch.float32:
+            assert actual[name].dtype == value.dtype and relative_error(actual[name], value) < 1e-6, name
+        else:
+            assert same_bits(actual[name], value), name
 
 
 @both
@@ -91,13 +96,37 @@ def test_is_post_attention_of_each_tile(per_layer: bool, kind: dict[str, Any], d
 
 
 @both
+def test_one_tile(per_layer: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up fit, but not beside their gradients: these take their place."""
+    budget(monkeypatch, 600 * 2 * INNER * 4)
+    inputs = make(device, per_layer, base="trained", norms=True, shape=SHAPE)
+    grads = make_grads(inputs)
+
+    def wide() -> int:
+        return sum(shape[-1] == 2 * INNER for shape in seen.allocated)
+
+    def ask(attended: Any, residual: Any, norms: Any, matrices: Any, *_: Any) -> bool:
+        return splits_rows(residual, matrices)
+
+    assert call(ask)(**inputs)
+    with Dispatched() as seen:
+        actual = evaluate(call(in_tiles), inputs, grads)
+    assert wide() == 2  # gate beside up, of the forward and in the backward
+    with Dispatched() as seen:
+        expected = evaluate(call(post_attention), inputs, grads)
+    assert wide() > 2
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-6, name
+
+
+@both
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["same", "float32 adapters"])
 def test_half_precision(per_layer: bool, adapter_dtype: Any, device: torch.device) -> None:
     """Where the tiles are as high as in float32: the budget is that of half as many bytes."""
     inputs = make(device, per_layer, torch.float16, "trained", norms=True, shape=SHAPE, adapter_dtype=adapter_dtype)
     grads = make_grads(inputs)
     with pytest.MonkeyPatch.context() as patch:
-        budget(patch, 256 * 3 * INNER * 2)
+        budget(patch, 256 * 2 * INNER * 2)
         actual = evaluate(call(in_tiles), inputs, grads)
     assert_same(actual, each_tile(inputs, grads))
 
@@ -105,7 +134,7 @@ def test_half_precision(per_layer: bool, adapter_dtype: Any, device: torch.devic
 def test_float32_adapters_under_autocast(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(device, dtype=torch.float16, base="frozen", adapter_dtype=torch.float32, shape=SHAPE)
     grads = make_grads(inputs)
-    budget(monkeypatch, 256 * 3 * INNER * 2)
+    budget(monkeypatch, 256 * 2 * INNER * 2)
     with torch.autocast(device.type, torch.float16):
         actual = evaluate(call(in_tiles, autocast=torch.float16), inputs, grads)
     assert actual["dA0"].dtype == torch.float32 and actual["output 0"].dtype == torch.float16
@@ -245,23 +274,47 @@ def test_a_recomputation_makes_nothing(per_layer: bool, device: torch.device, mo
 def test_products_and_launches_are_those_of_the_operation_and_its_recomputation(
     per_layer: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each tile: one forward, and then another one with its backward."""
+    """For each tile: one forward, and then another one with its backward; but what tiles share is made once."""
     inputs = make(device, per_layer, shape=SHAPE, rank=8)
     grads = make_grads(inputs)
     log = record_launches(monkeypatch, rms_norm, geglu, nf4_module, adapter_columns)
 
-    def count(run: Callable[[], Any]) -> tuple[int, int]:
+    def count(run: Callable[[], Any]) -> tuple[int, Counter[str]]:
         del log[:]
         with Dispatched() as seen:
             run()
-        return seen.matmuls, len(log)
+        return seen.matmuls, Counter(launched.name for launched in log)
 
     own = {n: t.detach().flatten(0, 1)[TILES[0]].requires_grad_() for n, t in inputs.items() if n in BY_ROW}
     tile = {**inputs, **own}
     forward = count(lambda: call(post_attention)(**tile))
     whole = count(lambda: evaluate(call(post_attention), tile, [grads[0].flatten(0, 1)[TILES[0]]]))
     actual = count(lambda: evaluate(call(in_tiles), inputs, grads))
-    assert actual == tuple(len(TILES) * (f + w) for f, w in zip(forward, whole))
+    n = len(TILES)
+    assert actual[0] == n * (forward[0] + whole[0])
+    spared = {
+        "_rms_norm_fwd_kernel": n,  # a tile's x is kept
+        # Of the output projection, the gate and the projection: for all tiles, and both ways but for the projection.
+        "_dequantize_nf4_kernel": (n - 1) + (2 * n - 1) + per_layer * (2 * (n - 1) + (2 * n - 1) + (2 * n - 2)),
+    }
+    for name in forward[1] | whole[1]:
+        assert actual[1][name] == n * (forward[1][name] + whole[1][name]) - spared.get(name, 0), name
+
+
+@both
+def test_weights_that_would_take_much_are_made_for_each_tile(
+    per_layer: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make(device, per_layer, shape=SHAPE, rank=8)
+    grads = make_grads(inputs)
+    log = record_launches(monkeypatch, nf4_module)
+    seen = []
+    for share in (1, 1 << 40):
+        monkeypatch.setattr(post_attention_tiles, "_HELD_SHARE", share)
+        del log[:]
+        seen.append((evaluate(call(in_tiles), inputs, grads), len(log)))
+    assert seen[0][1] < seen[1][1]
+    assert_same(seen[0][0], seen[1][0])
 
 
 def test_a_trained_weight_written_before_the_backward_is_noticed(device: torch.device) -> None:
@@ -276,10 +329,10 @@ def test_a_trained_weight_written_before_the_backward_is_noticed(device: torch.d
 @pytest.mark.parametrize(
     ("rows", "dropout", "adapted", "expected"),
     [
-        (384, 0.0, (0, 3), False),  # of which 2 * INNER columns fit
-        (385, 0.0, (0, 3), True),
-        (385, 0.1, (0, 3), False),
-        (385, 0.1, (), True),  # nothing to drop
+        (256, 0.0, (0, 3), False),  # of which 3 * INNER columns fit
+        (257, 0.0, (0, 3), True),
+        (257, 0.1, (0, 3), False),
+        (257, 0.1, (), True),  # nothing to drop
     ],
 )
 def test_when_rows_are_split(
