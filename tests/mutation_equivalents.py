@@ -97,6 +97,11 @@ EQUIVALENT: dict[Change, str] = {
             NAN,
         ),
         ("_gradient_of_keys", "acc += tl.load(ptrs, mask=mask, other={0.0})", NAN),
+        (
+            "_attention_sum_kernel",
+            "total += tl.load(parts_ptr + (side * PARTS + part) * n_elements + offsets, mask=mask, other={0.0})",
+            NAN,
+        ),
     ),
     **_same(
         "masked lanes become -inf last of all, and their slope is not stored",
@@ -243,6 +248,23 @@ EQUIVALENT: dict[Change, str] = {
             "_attention_scores_kernel",
             "p = {tl.where(keep, tl.exp2(s - peak[:, None]), 0.0)}",
             "tl.exp2(s - peak[:, None])",
+        ),
+    ),
+    **_same(
+        "slower, the same numbers: of a tile that no row attends to everything is masked, and 0",
+        ("_attention_ds_kernel", "touched = ({first_key < end}) & (first_key + BLOCK_N > first)", "first_key <= end"),
+        (
+            "_attention_ds_kernel",
+            "touched = {(first_key < end) & (first_key + BLOCK_N > first)}",
+            "((first_key < end) | (first_key + BLOCK_N > first))",
+        ),
+    ),
+    **_same(
+        "writes zeros of a tile that nothing reads",
+        (
+            "_attention_ds_kernel",
+            "wanted = {(position < end_position) & (tl.max(positions, axis=0) >= first_position)}",
+            "((position < end_position) | (tl.max(positions, axis=0) >= first_position))",
         ),
     ),
     **_same(
