@@ -25,6 +25,7 @@ from kernel_checks import (
     relative_error,
     same_bits,
 )
+from quick import slow_after
 
 from fastgemma.kernels import attention as attention_module
 from fastgemma.kernels import attention_backward, attention_forward, attention_wide, backend
@@ -124,7 +125,7 @@ def test_chunks_of_positions(blocks: bool, window: int | None, few_positions: No
     check(make(1, 150, 3, 1, 16, device), intervals, scale=0.2)
 
 
-@pytest.mark.parametrize("window", [1, 30, 100])
+@pytest.mark.parametrize("window", slow_after(1, [30, 1, 100]))
 def test_windows_reuse_the_workspace(window: int, device: torch.device) -> None:
     """Longer than the tiles that a row can reach, so that tiles of keys take each other's places."""
     documents = torch.cat([torch.full((n,), i) for i, n in enumerate((200, 3, 97, 200))])[None]
@@ -247,7 +248,7 @@ def test_tiles_outside_are_not_visited(device: torch.device) -> None:
     assert torch.equal(attention(**inputs, intervals=intervals), clean)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", slow_after(1, [float("nan"), float("inf")]))
 @pytest.mark.parametrize("name", ["q", "k", "v", "output gradient"])
 @pytest.mark.parametrize("place, dtype, whole", [(25, torch.float32, True), (20, torch.float16, False)], ids=str)
 def test_not_finite_stays_in_its_document(

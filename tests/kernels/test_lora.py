@@ -28,6 +28,7 @@ from kernel_checks import (
     seeded,
     trained,
 )
+from quick import slow_after
 
 import fastgemma.kernels.backend as backend
 import fastgemma.kernels.geglu as geglu_module
@@ -351,7 +352,7 @@ def test_mlp_tiles_change_no_row(device, monkeypatch):
         assert relative_error(tiled[name], value) < 2e-3, name
 
 
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("rank", slow_after(1, [8, 0]))
 @pytest.mark.parametrize("forward, backward", [(1, 3), (3, 1), (2, 1)])
 def test_mlp_with_another_budget_before_the_backward(forward, backward, rank, device, monkeypatch):
     """In tiles of 256 rows: the backward's are those of what the forward saved, or smaller."""

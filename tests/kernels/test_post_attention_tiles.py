@@ -24,6 +24,7 @@ from kernel_checks import (
     trained,
 )
 from post_attention_checks import ATTENDED, HIDDEN, INNER, INPUT, both, call, make, make_grads
+from quick import slow_after
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,7 +87,7 @@ def assert_same(actual: Results, expected: Results) -> None:
 
 
 @both
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", slow_after(2, KINDS), ids=str)
 def test_is_post_attention_of_each_tile(per_layer: bool, kind: dict[str, Any], device: torch.device) -> None:
     inputs = make(device, per_layer, shape=SHAPE, **kind)
     grads = make_grads(inputs)
@@ -141,7 +142,7 @@ def test_float32_adapters_under_autocast(device: torch.device, monkeypatch: pyte
     assert_same(actual, each_tile(inputs, grads, autocast=torch.float16))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_after(2, LAYOUTS))
 def test_layouts_of_inputs_and_of_the_gradient(layout: str, device: torch.device) -> None:
     inputs = make(device, shape=SHAPE, layout=layout)
     grads = make_grads(inputs, layout)

@@ -9,6 +9,7 @@ import structures
 import torch
 import transformers
 from kernel_checks import FLOAT32_BUDGET, relative_error
+from quick import slow_after
 from torch import nn
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gemma4_unified import modeling_gemma4_unified
@@ -49,7 +50,7 @@ def results(model: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["padding", "packing"])
-@pytest.mark.parametrize("name", ["e2b", "12b"])
+@pytest.mark.parametrize("name", slow_after(1, ["e2b", "12b"]))
 def test_equals_stock_and_builds_no_mask(
     name: str, kind: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +220,7 @@ def test_unified_image_blocks_reach_beyond_the_window(kind: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["text", "multimodal"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("use_cache", [False, None])
+@pytest.mark.parametrize("use_cache", slow_after(1, [False, None]))
 def test_documents_are_those_that_stock_finds(use_cache: bool | None, masked: bool, name: str, training: bool) -> None:
     model = structures.build("e2b") if name == "text" else structures.multimodal()
     model.train(training)

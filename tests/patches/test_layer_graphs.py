@@ -14,6 +14,7 @@ import structures
 import torch
 from graph_stand_in import DEVICE, graphs  # noqa: F401
 from peft import LoraConfig, get_peft_model
+from quick import slow_after
 from torch import nn
 
 import fastgemma
@@ -229,14 +230,7 @@ def _new_norm(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        _swap_data,
-        _scale,
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in (_freeze, _train_norm, _disable, _drop, _new_norm, _rescale_scores)
-        ),
-    ],
+    slow_after(1, [_swap_data, _scale, _freeze, _train_norm, _disable, _drop, _new_norm, _rescale_scores]),
 )
 def test_a_changed_layer_is_recorded_anew(change: Callable[[nn.Module], None], warm: nn.Module) -> None:
     before = step(warm)

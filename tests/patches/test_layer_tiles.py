@@ -263,7 +263,8 @@ def test_without_patches_in_between(ran: list[bool]) -> None:
 # Who else runs layers again, or looks at them
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_a_users_checkpoint_around_the_model(reentrant: bool, ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """It recomputes calls of layers, whose outputs the next one reads."""
     model = build("12b")

@@ -13,6 +13,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
+from quick import slow_after
 from torch import nn
 
 import fastgemma
@@ -292,7 +293,7 @@ def _register(module: nn.Module, kind: str, fired: list[str]) -> Any:
     return getattr(module, f"register_{kind}_hook")(hook)
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("kind", slow_after(1, ["full_backward", "forward", "forward_pre", "full_backward_pre"]))
 @pytest.mark.parametrize(
     ("place", "reason"),
     [

@@ -11,6 +11,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, relative_error
 from peft import LoraConfig, get_peft_model
+from quick import slow_after
 from torch import nn
 
 import fastgemma
@@ -62,7 +63,7 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
-@pytest.mark.parametrize("name", structures.STRUCTURES)
+@pytest.mark.parametrize("name", slow_after(1, structures.STRUCTURES))
 def test_every_layer_that_can_runs_whole(name: str, dropout: float, ran: Counter[str]) -> None:
     model = adapted(name, lora_dropout=dropout)
     expected = step(model)

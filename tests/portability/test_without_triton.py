@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys
 sys.modules["triton"] = None  # what an `import triton` meets where it is not installed
@@ -34,6 +36,7 @@ assert fastgemma.status()["rms_norm"].fast_calls == 0
 """
 
 
+@pytest.mark.slow
 def test_without_triton():
     tests = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=tests)

@@ -18,6 +18,7 @@ import torch
 from kernel_checks import same_bits
 from patch_state import states
 from processes import can_fork, in_forked_child
+from quick import slow_after
 from torch.utils.data import DataLoader, Dataset
 from transformers import Gemma4ForCausalLM
 
@@ -185,7 +186,7 @@ def test_workers_of_a_loader() -> None:
 # Copies
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", slow_after(1, [True, False]))
 def test_copies_of_a_patched_model_train_alike(tmp_path: Path, quantized: bool) -> None:
     structures.build("e2b", **SHAPE).save_pretrained(tmp_path)
     fastgemma.patch(per_layer_embeddings="host")

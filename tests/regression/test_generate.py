@@ -8,6 +8,7 @@ import pytest
 import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, STOCK_L2_FACTOR, gpu, relative_error
+from quick import slow_after
 
 import fastgemma
 
@@ -20,7 +21,7 @@ def left_padded(device: torch.device, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("cache_implementation", (None, pytest.param("static", marks=pytest.mark.slow)))
-@pytest.mark.parametrize("name", ("e2b", "12b", pytest.param("26b-a4b", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("name", slow_after(1, ("e2b", "12b", "26b-a4b")))
 def test_same_tokens_as_stock(name, cache_implementation, device):
     if name == "26b-a4b" and cache_implementation == "static":
         pytest.skip("a static cache compiles the decoding step, which expert routing does not allow on the CPU")
@@ -72,7 +73,7 @@ def logits_along(model: torch.nn.Module, prompt: dict[str, torch.Tensor], tokens
     "dtype, seeds",
     [pytest.param(torch.float32, 1, id="float32"), pytest.param(torch.bfloat16, 5, id="bfloat16", marks=gpu)],
 )
-@pytest.mark.parametrize("name", ("e2b", "12b", "31b"))
+@pytest.mark.parametrize("name", slow_after(1, ("e2b", "12b", "31b")))
 def test_decoding_is_as_exact_as_stock(name, dtype, seeds, device):
     """Along stock's greedy tokens, so that two near-equal logits cannot send the two models different ways."""
     stock_errors, errors = [], []

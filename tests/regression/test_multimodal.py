@@ -120,7 +120,7 @@ CASES = [
         kind,
         side,
         marks=[with_videos] * (kind in ("video", "all"))
-        + [pytest.mark.slow] * (kind != "images" or name == "26b-a4b" or (name != "e2b" and side == "left")),
+        + [pytest.mark.slow] * (kind != "images" or name in ("26b-a4b", "12b") or (name != "e2b" and side == "left")),
     )
     for name in TEXT
     for kind in BATCHES

@@ -8,6 +8,7 @@ import pytest
 import structures
 import torch
 from peft import LoraConfig, get_peft_model
+from quick import slow_after
 
 import fastgemma
 
@@ -81,11 +82,11 @@ CASES = [
     for mode in MODES
     for checkpointing in (False, True)
     for kind in ("padding", "packing")
-    # The quick subset: every structure once, checkpointed, and adapters on a dense base once.
+    # The quick subset: E2B and 12B, checkpointed, and adapters on a dense base once.
     for fast in [
         checkpointing
         and (kind == "packing") == (mode in ("qlora", "dropout"))
-        and (mode in ("lora", "qlora") if name == "e2b" else mode == "qlora")
+        and (mode in ("lora", "qlora") if name == "e2b" else mode == "qlora" and name == "12b")
     ]
 ]
 
@@ -112,7 +113,7 @@ def test_float32_equals_stock(name, mode, checkpointing, kind, device):
             assert not patched_grads[key].any(), key
 
 
-@pytest.mark.parametrize("name", structures.STRUCTURES)
+@pytest.mark.parametrize("name", slow_after(1, structures.STRUCTURES))
 def test_logits_without_labels_equal_stock(name, device):
     model = structures.build(name).to(device)
     batch = structures.batch("padding", device=device)

@@ -1,0 +1,14 @@
+"""What `make test-fast` runs of a parametrised test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_after(count: int, values: Iterable[Any]) -> list[Any]:
+    """Values of one parameter, of which all after the first `count` are left out of the quick tests."""
+    first, rest = list(values)[:count], list(values)[count:]
+    return [*first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
