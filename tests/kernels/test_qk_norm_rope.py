@@ -179,7 +179,9 @@ def test_layouts_of_the_output_gradients(layout, mode, device):
     check(inputs, make_grads(inputs, layout))
 
 
-@pytest.mark.parametrize("layouts", itertools.permutations(["contiguous", "heads first", "sliced columns"]), ids=str)
+@pytest.mark.parametrize(
+    "layouts", list(itertools.permutations(["contiguous", "heads first", "sliced columns"])), ids=str
+)
 def test_every_tensor_has_its_own_strides(layouts, device):
     inputs = make(device, heads=4, kv_heads=2)
     for name, layout in zip("qkv", layouts):
