@@ -104,8 +104,8 @@ class Projections:
         return self.again(masks, None if self.products is None else self.products[rows])
 
     def holding_weights(self, most_bytes: int, dtype: torch.dtype) -> Projections:
-        """The same, and it and what is made `again` of it build widened weights once, if they take `most_bytes` at
-        most."""
+        """The same, and it and what is made `again` of it build dense weights once, if these take `most_bytes` at most
+        and the adapters can be part of them (see `room`)."""
         other = self.again(self.masks, self.products)
         if sum(weight.shape.numel() for weight in self._stack) * dtype.itemsize <= most_bytes:
             other._held = {}
@@ -204,7 +204,12 @@ class Projections:
             for projection, part in zip(self.projections, outs):
                 torch.mm(cast, _dense(projection.weight, cast.dtype).t(), out=part)
         else:
-            outs = [torch.mm(cast, weight.t()) for weight in self._weights(cast.dtype)]
+
+            def product(weight: torch.Tensor) -> torch.Tensor:
+                return torch.mm(cast, weight.t())
+
+            # A loop's variable would keep a dense weight while the next one is made.
+            outs = list(map(product, self._weights(cast.dtype)))
             whole = outs[0]
         for group in self._groups:
             xa = torch.mm(self._source(x, group), group.A.t())

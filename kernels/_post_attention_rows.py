@@ -24,7 +24,8 @@ _GATE = slice(16, 19)
 class Tail(NamedTuple):
     """A layer from its attention's output on: four norms, and four or, with a per-layer input, six projections.
 
-    `tile`: whether it is run on one tile of rows after another, each forward and at once backward.
+    `tile`: whether rows come one tile after another, whose gate and up belong to one pass alone: the MLP does not cut
+    them again, and their gradients are written over them.
     """
 
     norms: Sequence[Any]
@@ -109,7 +110,7 @@ def rows_fwd(
 ) -> tuple[torch.Tensor, Kept]:
     """(the layer's output, what its backward needs). The output is `out`, if given; else new, of `shape`, if given.
 
-    With `keeps` False no backward follows.
+    With `keeps` False no backward follows, and `Kept.products` may be missing.
     """
     norm1, norm2, norm3, norm4 = tail.norms
     scalar, eps = tail.layer_scalar, tail.eps

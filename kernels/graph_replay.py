@@ -183,7 +183,7 @@ class Replay:
         constants: tensors that are not differentiated, or None.
         trained: leaves to differentiate, read in place.
         draws: whether the function draws random numbers.
-        kind: functions of one kind launch the same kernels, of which the first is run once before it is recorded.
+        kind: what decides which kernels are launched; the first function of a kind is run once before it is recorded.
         recurring: names of inputs whose tensors come again for other functions of this arena.
 
     Raises:
@@ -284,12 +284,13 @@ class Replay:
         Those of trained tensors lie side by side, so that one copy takes them all out; those of inputs, which are
         larger and live shorter, each have a buffer, which may be that of an output and its gradient.
         """
-        upstream = {buffer.data_ptr() for buffer in self._upstream if buffer is not None}
-        # What autograd only hands on would be overwritten before it is copied.
-        d_inputs, d_trained = (
-            [grad.clone() if grad is not None and grad.data_ptr() in upstream else grad for grad in grads]
-            for grads in (d_inputs, d_trained)
-        )
+        upstream = {buffer.untyped_storage().data_ptr() for buffer in self._upstream if buffer is not None}
+
+        def own(grad: torch.Tensor | None) -> torch.Tensor | None:
+            """What autograd only hands on, whole or a part of it, would be overwritten before it is copied."""
+            return grad.clone() if grad is not None and grad.untyped_storage().data_ptr() in upstream else grad
+
+        d_inputs, d_trained = list(map(own, d_inputs)), list(map(own, d_trained))
         self._d_inputs = [
             None if grad is None else self.arena.buffer(f"result {i}", grad.shape, grad.dtype)
             for i, grad in enumerate(d_inputs)

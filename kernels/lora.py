@@ -58,8 +58,8 @@ class _LoraProjections(torch.autograd.Function):
         ctx.static, ctx.numbers, ctx.autocast = static, numbers, autocast
         rows = rows_of(x)
         projections = projections_of(join_trained(static, trained), numbers)
-        bundle = Projections(projections, autocast)
         with without_autocast(x):
+            bundle = Projections(projections, autocast)
             _, outs = bundle.forward(rows)
         keep(ctx, trained, (x, *bundle.drawn()))
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)

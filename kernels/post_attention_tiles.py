@@ -40,15 +40,18 @@ from fastgemma.kernels.workspace import workspace_bytes
 # Numbers in gradients that are added up as one tensor: of adapters, whose additions one by one would be as many
 # launches again as the rest of a tile; not of whole weights, whose copy would take memory.
 _MOST_TOGETHER = 1 << 23
-# What part of the budget for temporaries a weight may take that is widened once for all tiles.
+# What part of the budget for temporaries a dense weight may take that all tiles share; there are up to four of them.
 _HELD_SHARE = 8
 
 
 def _tail(rows: torch.Tensor, *parts: Any) -> tuple[Tail, list[slice]]:
-    """`Tail.of` these parts for these rows, and their tiles, of which gate and up fit the budget."""
-    tail = Tail.of(*parts)._replace(tile=True).holding_weights(workspace_bytes(rows.device) // _HELD_SHARE, rows.dtype)
+    """`Tail.of` these parts for these rows, and their tiles, of which gate and up about fit the budget."""
+    tail = Tail.of(*parts)._replace(tile=True)
     intermediate = tail.projections[1].weight.shape[0]
-    return tail, mlp_tiles(rows.shape[0], intermediate, rows.dtype, rows.device, blocks=2)
+    tiles = mlp_tiles(rows.shape[0], intermediate, rows.dtype, rows.device, blocks=2)
+    if len(tiles) > 1:
+        tail = tail.holding_weights(workspace_bytes(rows.device) // _HELD_SHARE, rows.dtype)
+    return tail, tiles
 
 
 def _all_rows(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -90,9 +93,9 @@ class _PostAttentionTiles(torch.autograd.Function):
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
         if computes:
             attended_rows, residual_rows, inputs = _all_rows((attended, residual, per_layer_input))
-            tail, tiles = _tail(residual_rows, static, trained, *ctx.rest)
             out_rows = as_rows(out)
             with without_autocast(attended):
+                tail, tiles = _tail(residual_rows, static, trained, *ctx.rest)
                 for rows in tiles:
                     part = attended_rows[rows], residual_rows[rows], _of(inputs, rows)
                     rows_fwd(tail, *part, keeps_h2=False, out=out_rows[rows], keeps=False)

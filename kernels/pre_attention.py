@@ -58,10 +58,10 @@ class _PreAttention(torch.autograd.Function):
         projections = projections_of(parts, numbers)
         rows, angles = as_rows(hidden_states), Angles.of(cos, sin)
         rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-        bundle = Projections(projections, autocast)
-        x, room = with_room(rows.shape, bundle.room(rows.dtype), rows.dtype, rows.device)
-        rms_norm_fwd(rows, norm, eps, rstd=rstd, out=x)
-        with without_autocast(x):
+        with without_autocast(rows):
+            bundle = Projections(projections, autocast)
+            x, room = with_room(rows.shape, bundle.room(rows.dtype), rows.dtype, rows.device)
+            rms_norm_fwd(rows, norm, eps, rstd=rstd, out=x)
             columns, parts = bundle.forward(x, joint=True, room=room)
         padded: list[Any] = [*parts, None, None]
         q, k, v = padded[:3]

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fastgemma.kernels.graph_replay import Arena, Replay, Tensors
 from fastgemma.kernels.key_intervals import KeyIntervals
 from fastgemma.kernels.nf4 import NF4Weight
+from fastgemma.kernels.workspace import workspace_bytes
 from fastgemma.patches.attention import attend, rotary_dim
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.interval_masks import IntervalMask
@@ -69,7 +70,9 @@ class LayerGraph:
         inputs: Tensors,
         constants: Tensors,
         form: IntervalForm | None,
+        outside: _Key,
     ):
+        """`outside`: what the recording depends on beside the layer."""
         self.read = read
         self.trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
         attention = layer.self_attn
@@ -87,7 +90,7 @@ class LayerGraph:
             constants,
             self.trained,
             draws,
-            (form, kind, attention.store_full_length_kv, _likeness(read)),
+            (outside, workspace_bytes(arena.device), attention.store_full_length_kv, _likeness(read)),
             recurring=frozenset(names[2:]),
         )
 
@@ -169,11 +172,12 @@ def _signature(item: Any) -> Any:
 
 
 def _likeness(item: Any) -> Any:
-    """What `_signature` depends on, but for where tensors are: layers that agree in it launch the same kernels."""
+    """What decides which kernels work on these tensors and values: neither where tensors are nor what they hold."""
     if isinstance(item, torch.Tensor):
         return item.shape, item.stride(), item.dtype, item.requires_grad, item.data_ptr() % _VECTOR_BYTES
     if isinstance(item, NF4Weight):
-        return item.shape, item.dtype, *item.layout.values(), *map(_likeness, item.pointers().values())
+        parts = (item.packed, item.absmax, item.code, *([] if item.nested is None else vars(item.nested).values()))
+        return item.shape, item.dtype, item.blocksize, item.in_words, _likeness(parts)
     if isinstance(item, tuple | list):
         return tuple([_likeness(part) for part in item])
     return item
@@ -296,7 +300,9 @@ class LayerGraphs:
                     raise Unsupported("first calls of a shape")
                 if _MAX_GRAPHS * known.calls[key] < known.calls.total():
                     raise Unsupported("shapes that vary")
-                graph = self._record(layer, (place, *forms[0][:2]), over_intervals, read, inputs, constants, form)
+                graph = self._record(
+                    layer, outside, (place, *forms[0][:2]), over_intervals, read, inputs, constants, form
+                )
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
             known.graphs[key] = graph
@@ -309,6 +315,7 @@ class LayerGraphs:
     def _record(
         self,
         layer: Any,
+        outside: _Key,
         shape: Any,
         over_intervals: Op,
         read: tuple[Before, After],
@@ -316,7 +323,7 @@ class LayerGraphs:
         constants: Tensors,
         form: IntervalForm | None,
     ) -> LayerGraph:
-        """`shape`: under which recordings share an arena."""
+        """`outside`: what the recording depends on beside the layer; `shape`: under which recordings share an arena."""
         trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
         if not all(tensor.is_leaf for tensor in trained):
             raise Unsupported("trained tensors that are computed")
@@ -330,7 +337,7 @@ class LayerGraphs:
             arena = self._arenas.get(shape)
             if arena is None:
                 arena = self._arenas[shape] = Arena(shape[0][0])
-            return LayerGraph(layer, over_intervals, arena, read, inputs, constants, form)
+            return LayerGraph(layer, over_intervals, arena, read, inputs, constants, form, outside)
         except torch.OutOfMemoryError:
             self._full = True
             raise Unsupported("no memory for a recording") from None

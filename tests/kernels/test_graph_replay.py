@@ -68,6 +68,22 @@ def test_values_and_gradients_are_those_of_a_plain_call(dtype: torch.dtype) -> N
         )
 
 
+def test_gradients_that_are_only_handed_on() -> None:
+    """They are parts of the output's gradient, whose buffer another gradient is written to."""
+
+    def function(inputs: Any, constants: Any, trained: Any, reads: bool = True) -> tuple[torch.Tensor, ...]:
+        (x, y), (c,), (weight,) = inputs, constants, trained
+        return (x * weight + torch.cat([c, y]),)
+
+    def draw(rows: int) -> torch.Tensor:
+        return torch.randn(rows, 3, device=DEVICE)
+
+    inputs, constants = [draw(6).requires_grad_(), draw(2).requires_grad_()], [draw(4)]
+    weight = torch.tensor([3.0], device=DEVICE, requires_grad=True)
+    replay = record(inputs, constants, [weight], function=function)
+    assert_same(results(replay, inputs, constants, [weight]), results(function, inputs, constants, [weight]))
+
+
 def test_a_missing_input_and_frozen_ones() -> None:
     (x, _), constants, trained = tensors(0)
     for inputs in ([x, None], [x.detach(), None]):

@@ -132,13 +132,16 @@ def test_half_precision(per_layer: bool, adapter_dtype: Any, device: torch.devic
     assert_same(actual, each_tile(inputs, grads))
 
 
-def test_float32_adapters_under_autocast(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make(device, dtype=torch.float16, base="frozen", adapter_dtype=torch.float32, shape=SHAPE)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_of_another_dtype_under_autocast(
+    adapter_dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make(device, dtype=torch.float16, base="frozen", adapter_dtype=adapter_dtype, shape=SHAPE)
     grads = make_grads(inputs)
     budget(monkeypatch, 256 * 2 * INNER * 2)
     with torch.autocast(device.type, torch.float16):
         actual = evaluate(call(in_tiles, autocast=torch.float16), inputs, grads)
-    assert actual["dA0"].dtype == torch.float32 and actual["output 0"].dtype == torch.float16
+    assert actual["dA0"].dtype == adapter_dtype and actual["output 0"].dtype == torch.float16
     assert_same(actual, each_tile(inputs, grads, autocast=torch.float16))
 
 
