@@ -32,7 +32,7 @@ from torch import nn
 # are named after the GEMM library they are built from.
 KERNEL_GROUPS: tuple[tuple[str, str], ...] = (
     ("dequantise", r"dequant|nf4"),
-    ("loss", r"log_?softmax|cross_entropy|nll_loss|logsumexp|log_?prob|online_lse"),
+    ("loss", r"log_?softmax|softcapped|cross_entropy|nll_loss|logsumexp|log_?prob|online_lse"),
     ("attention", r"fmha|flash|attention|attn|sdpa|softmax"),
     ("optimizer", r"optimizer|adam|multi_tensor"),
     ("gemm", r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|matmul|lora"),

@@ -116,6 +116,19 @@ EQUIVALENT: dict[Change, str] = {
         ("_load_tanh", "return tl.where({s < 0.0}, -tanh, tanh), e, r", "(s <= 0.0)"),
     ),
     **_same(
+        "what comes before the target begins below any tanh",
+        (
+            "_softcapped_logits_kernel",
+            "before_target = tl.full((BLOCK_V,), -{2.0}, tl.float32)",
+            "2.02",
+        ),
+        (
+            "_softcapped_logits_kernel",
+            "before_target = tl.maximum(before_target, tl.where(cols < target_col, tanh, -{2.0}))",
+            "2.02",
+        ),
+    ),
+    **_same(
         "a lane beyond the vocabulary has any tanh below all others",
         ("_softcapped_logits_kernel", "tanh = tl.where(mask, tanh, {-2.0})", "-2.02"),
     ),
@@ -206,10 +219,12 @@ EQUIVALENT: dict[Change, str] = {
     **_same(
         "a missing row holds zeros, which are finite",
         ("_sum_rows", "hi = tl.load(hi_ptr + positions, mask=mask, other={0})", "1"),
+        ("_sum_rows", "lo = tl.load(lo_ptr + positions, mask=mask, other={0})", "1"),
     ),
     **_same(
         "slower, the same numbers: the first pass looks for what is not finite already",
         ("_attention_fwd_kernel", "lo, hi, seq_len, scale_log2, True, {False}, KEY_STRIDE, BLOCK_N,", "True"),
+        ("_attention_fwd_kernel", "lo, hi, seq_len, scale_log2, False, {False}, KEY_STRIDE, BLOCK_N,", "True"),
         (
             "_attention_output_kernel",
             "seq_len, {False}, KV_HEADS * HEAD_DIM, DIMS, BLOCK_M, BLOCK_N, BLOCK_K,",
