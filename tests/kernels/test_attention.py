@@ -165,8 +165,9 @@ def test_rows_of_a_batch_have_intervals_of_their_own(dtype: torch.dtype, device:
         check_half(inputs, intervals)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 1), pytest.param(3, 1, marks=SLOW), pytest.param(4, 2, marks=SLOW)])
-@pytest.mark.parametrize("window", [pytest.param(None, marks=SLOW), pytest.param(40, marks=SLOW), 100])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("window", [None, 40, 100])
+@pytest.mark.slow
 def test_whole_heads_in_a_program(heads: int, kv_heads: int, window: int | None, device: torch.device) -> None:
     """The forward of 16 bits: windows of several tiles of keys, the first and last attended to in part."""
     padding = torch.ones(2, 200)

@@ -400,6 +400,7 @@ def test_activations_on_the_host(ran: list[bool], monkeypatch: pytest.MonkeyPatc
     assert False in ran
 
 
+@pytest.mark.slow
 def test_checkpoints_on_the_host(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own function for that: around torch's checkpoint."""
     if not hasattr(modeling_utils, "save_on_cpu"):

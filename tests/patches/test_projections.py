@@ -454,7 +454,7 @@ def quantised(
     return model
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", slow_after(1, [True, False]))
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_nf4_base_with_an_adapter(nested: bool, dropout: float) -> None:
     model = adapted(quantised(tiny(), nested), lora_dropout=dropout)
