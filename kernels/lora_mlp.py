@@ -99,7 +99,8 @@ def mlp_fwd(
     drawn) of x [rows, hidden_size].
 
     `room` is the buffer that x begins, if it has the room that `mlp.inner` asked for. With `tile`, x is a tile of the
-    caller's, whose gate and up are nobody else's, so that their gradients may take their place.
+    caller's, whose gate and up are nobody else's, so that their gradients may take their place. Without
+    `keep_products` down's may be missing: they are for a backward.
     """
     tiles = [slice(0, x.shape[0])] if tile else _tiles(x, mlp)
     if len(tiles) == 1 or mlp.inner.drops or mlp.outer.drops:  # a mask is drawn for all rows at once
@@ -108,7 +109,8 @@ def mlp_fwd(
     y, gate_ups, products = torch.empty_like(x, dtype=mlp.inner.autocast), [], []
     for rows in tiles:
         part = mlp.rows(rows)
-        y_part, gate_up = _mlp_fwd(x[rows], part, None if room is None else room[rows])
+        own_room = None if room is None else room[rows]
+        y_part, gate_up = _mlp_fwd(x[rows], part, own_room, keep_products=keep_products)
         y[rows].copy_(y_part)
         gate_ups.append(gate_up)
         if part.outer.products is not None:
