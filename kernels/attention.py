@@ -89,23 +89,30 @@ def attention_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def compile_attention_ahead(
-    dtype: torch.dtype, device: torch.device, num_heads: int, num_key_value_heads: int, head_dim: int, backward: bool
+    dtype: torch.dtype,
+    device: torch.device,
+    num_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    sums: torch.dtype | None,
 ) -> None:
     """Has other threads compile what `attention` of such tensors will launch, once for each kind.
 
     With nothing in Triton's cache its kernels take half of a first step's time to compile, one after the other.
+    `sums` is what `attention_backward.dtype_of_sums` says, None where no gradient is wanted.
     """
-    # Enough rows for gradients that meet in float32, as those of most lengths do.
-    shape = (1, 512, num_heads, head_dim)
+    # One tile of keys is a gradient whole at once; of two tiles of rows two parts can be made.
+    shape = (1, 512 if sums == torch.float32 else 8, num_heads, head_dim)
     q, k, v = (
         torch.empty((*shape[:2], heads, head_dim), dtype=dtype, device=device)
         for heads in (num_heads, num_key_value_heads, num_key_value_heads)
     )
-    intervals = key_intervals(1, 512, device)
+    intervals = key_intervals(1, shape[1], device)
     with compiling_ahead():
         out, lse = attention_fwd(q, k, v, intervals, 1.0)
-        if backward:
-            attention_bwd(out, q, k, v, out, lse, intervals, 1.0, (True, True))
+        if sums is not None:
+            least_parts = 2 if sums == torch.float32 else 1
+            attention_bwd(out, q, k, v, out, lse, intervals, 1.0, (True, True), least_parts)
 
 
 def attention_reference(

@@ -3,7 +3,7 @@
     delta = sum(dout * out)          p = exp2(s - lse)          ds = p * (dout v^T - delta)
     dq = scale * ds k                dk = scale * ds^T q        dv = p^T dout
 
-One kernel writes tiles of p and ds into a workspace, in q's dtype; two more multiply them, each with accumulators small
+One kernel writes tiles of p and ds into a workspace, in q's dtype; another multiplies them, with accumulators small
 enough to keep the tensor cores busy, where kernels that recompute the scores for dq and for dk hold whole heads. A
 chunk of positions at a time, as the workspace allows; dk and dv meet in float32, in a fixed order. Of a sliding window
 the workspace holds the tiles of keys that a row can reach, at their number modulo as many.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgemma.kernels.attention_products import _attention_dkdv_kernel, _attention_dq_kernel, ds_offset
+from fastgemma.kernels.attention_products import _attention_products_kernel, ds_offset
 from fastgemma.kernels.attention_tiles import (
     LOG2E,
     MAX_PLANS,
@@ -36,11 +36,12 @@ from fastgemma.kernels.key_intervals import ROWS_TOGETHER, KeyIntervals, Reach
 from fastgemma.kernels.launch import Launch, launch, multiprocessors
 from fastgemma.kernels.workspace import workspace_bytes
 
-# Programs that share the rows of a tile of keys, at most: each part costs a float32 copy of dk and dv.
+# Programs that share the rows of a tile of keys, at most: each part costs a float32 copy of dk and dv, and several of
+# them a launch that adds them up.
 _MOST_PARTS = 4
 
 
-@kernel
+@kernel_of_any_numbers
 def _attention_delta_kernel(
     dout_ptr,
     out_ptr,
@@ -100,8 +101,12 @@ def _attention_ds_kernel(
 ):
     tile, key_tile = in_bands(tl.program_id(0), n_rows // BLOCK_M, n_slots, 8)
     batch, head, positions, heads, exists, lo, hi = chunk_tile(
-        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
+        lo_ptr, hi_ptr, tl.program_id(1), tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
+    q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
+    # Read only at the end, but there every program would wait for them.
+    lse = tl.load(lse_ptr + q_rows)
+    delta = tl.load(delta_ptr + q_rows)
     first, end = key_bounds(lo, hi, NO_KEY)
     position = start + tile * BLOCK_M // GROUP
     key_tile += tl.maximum(position - reach, 0) // BLOCK_N
@@ -120,7 +125,6 @@ def _attention_ds_kernel(
     dtype = workspace_ptr.dtype.element_ty
     if touched:
         keys = first_key + tl.arange(0, BLOCK_N)
-        q_rows = (batch * seq_len + positions) * (KV_HEADS * GROUP) + heads
         k_rows = (batch * seq_len + tl.minimum(keys, seq_len - 1)) * KV_HEADS + head
         dims = tl.arange(0, BLOCK_D)
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -130,8 +134,6 @@ def _attention_ds_kernel(
             k_offsets = (k_rows * HEAD_DIM)[:, None] + (d + dims)[None, :]
             s = tl.dot(tl.load(q_ptr + q_offsets), tl.trans(tl.load(k_ptr + k_offsets)), s, input_precision="ieee")
             dp = tl.dot(tl.load(dout_ptr + q_offsets), tl.trans(tl.load(v_ptr + k_offsets)), dp, input_precision="ieee")
-        lse = tl.load(lse_ptr + q_rows)
-        delta = tl.load(delta_ptr + q_rows)
         keep = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p = tl.where(keep, tl.exp2(s * scale_log2 - lse[:, None]), 0.0)
         # Over a single key the softmax is constant; the difference of dp and delta would be a rounding error.
@@ -146,16 +148,15 @@ def _attention_ds_kernel(
 
 def key_blocks(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """The sizes of tiles of keys whose `KeyIntervals.rows_of_keys` the backward reads."""
-    to_ds, to_dkdv = (tiles(f"attention_{name}", head_dim, dtype, device) for name in ("ds", "dkdv"))
-    return to_ds.blocks["BLOCK_N"], to_dkdv.blocks["BLOCK_N"]
+    to_ds, products = (tiles(f"attention_{name}", head_dim, dtype, device) for name in ("ds", "products"))
+    return to_ds.blocks["BLOCK_N"], products.blocks["KEY_BLOCK_N"]
 
 
 class _Chunk(NamedTuple):
     """The launches of a chunk of positions."""
 
     to_ds: Prepared
-    to_dq: Prepared
-    to_dkdv: Prepared
+    products: Prepared
 
 
 class _Plan(NamedTuple):
@@ -168,6 +169,22 @@ class _Plan(NamedTuple):
     dtype: torch.dtype  # of these
 
 
+def _parts(rows: int, work: int, products: Launch, device: torch.device) -> int:
+    """How many programs share the `rows` of a tile of keys, of a launch with `work` multiplications in all.
+
+    Below twice its share of the work, a program that has them alone is done before adding up parts would be worth it.
+    """
+    longest = rows * products.blocks["KEY_BLOCK_N"] * products.blocks["KEY_DIMS"] * multiprocessors(device)
+    return 1 if longest <= 2 * work else min(cdiv(longest, work), _MOST_PARTS)
+
+
+def _q_first(keys: int, rows: int, products: Launch) -> bool:
+    """Whether a program of dq, over so many keys, takes longer than one of dk or dv over so many rows."""
+    blocks = products.blocks
+    of_keys = rows * blocks["KEY_BLOCK_N"] * blocks["KEY_DIMS"]
+    return keys * blocks["BLOCK_M"] * blocks["DIMS"] > of_keys
+
+
 @functools.lru_cache(MAX_PLANS)
 def _plan(
     shape: torch.Size,
@@ -176,15 +193,16 @@ def _plan(
     device: torch.device,
     to_delta: Launch,
     to_ds: Launch,
-    to_dq: Launch,
-    to_dkdv: Launch,
+    products: Launch,
     reach: Reach,
     scale: float,
     budget: int,
+    needs: tuple[bool, bool],
+    least_parts: int,
 ) -> _Plan:
     batch, seq_len, num_heads, head_dim = shape
     group, slots = num_heads // num_key_value_heads, batch * num_key_value_heads
-    block_m, block_n, block_keys = to_ds.blocks["BLOCK_M"], to_ds.blocks["BLOCK_N"], to_dkdv.blocks["BLOCK_N"]
+    block_m, block_n, block_keys = to_ds.blocks["BLOCK_M"], to_ds.blocks["BLOCK_N"], products.blocks["KEY_BLOCK_N"]
     n_tiles = cdiv(seq_len, block_n)
     positions, most_slots = seq_len, n_tiles
     if reach.causal and reach.window is not None:
@@ -195,11 +213,11 @@ def _plan(
     chunk = chunk_of_positions(seq_len, 2 * slots * group * most_slots * block_n * dtype.itemsize, budget)
     n_rows = cdiv(chunk * group, block_m) * block_m
 
-    # Short sequences give too few programs for dk and dv: several share the rows of a tile of keys.
-    pieces = head_dim // to_dkdv.blocks["DIMS"]
-    first_tile, end_tile = reach.tiles_of_rows(max(seq_len - chunk, 0), seq_len, block_keys)
-    programs = (end_tile - first_tile) * pieces * 2 * slots
-    parts = min(max(2 * multiprocessors(device) // programs, 1), _MOST_PARTS)
+    pieces = head_dim // products.blocks["KEY_DIMS"]
+    # Of the last chunk, whose rows have the most keys: three products of every pair of a row and a key.
+    most_rows = min(n_rows, (positions + block_keys) * group)
+    pairs = n_rows * slots * min(seq_len - chunk // 2 if reach.causal else seq_len, reach.window or seq_len)
+    parts = max(_parts(most_rows, 3 * pairs * head_dim, products, device), least_parts)
     rows_of_part = cdiv(cdiv(n_rows, parts), block_m) * block_m
     parts = cdiv(n_rows, rows_of_part)
 
@@ -212,21 +230,26 @@ def _plan(
         n_slots = most_slots if windowed else reach.tiles_of_rows(start, stop, block_n)[1]
         shared = {"seq_len": seq_len, "start": start, "stop": stop, "n_rows": n_rows, "n_slots": n_slots, **heads}
         ds = {"n_tiles": n_tiles, "reach": positions, "scale_log2": scale * LOG2E, "NO_KEY": NO_KEY}
-        dq = {"scale": scale, "NO_KEY": NO_KEY, "BLOCK_N": block_n}
-        dkdv = {
+        key_programs = (end_tile - first_tile) * pieces * 2 * parts if needs[1] else 0
+        q_programs = n_rows // products.blocks["BLOCK_M"] * (head_dim // products.blocks["DIMS"]) if needs[0] else 0
+        gradients = {
             "rows_of_part": rows_of_part,
+            "slots": slots,
+            "q_programs": q_programs,
+            "key_programs": key_programs,
+            "q_first": int(_q_first(n_slots * block_n, min(rows_of_part, most_rows), products)),
             "first_tile": first_tile,
+            "tiles_of_part": end_tile - first_tile,
             "started_tiles": started_tiles,
             "n_tiles": cdiv(seq_len, block_keys),
             "scale": scale,
+            "NO_KEY": NO_KEY,
             "SLOT_N": block_n,
         }
-        tiles_of_dq = n_rows // to_dq.blocks["BLOCK_M"] * (head_dim // to_dq.blocks["DIMS"])
         chunks.append(
             _Chunk(
                 Prepared((n_rows // block_m * n_slots, slots), {**ds, **shared, **to_ds.kwargs()}),
-                Prepared((tiles_of_dq, slots), {**dq, **shared, **to_dq.kwargs()}),
-                Prepared(((end_tile - first_tile) * pieces * 2, parts, slots), {**dkdv, **shared, **to_dkdv.kwargs()}),
+                Prepared(((q_programs + key_programs) * slots,), {**gradients, **shared, **products.kwargs()}),
             )
         )
         started_tiles = end_tile
@@ -239,6 +262,30 @@ def _plan(
     return _Plan(delta, chunks, 2 * slots * n_rows * most_slots * block_n, parts, sums)
 
 
+def _plan_for(
+    shape: torch.Size,
+    num_key_value_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    reach: Reach,
+    scale: float,
+    needs: tuple[bool, bool],
+    least_parts: int = 1,
+) -> _Plan:
+    to_delta = launch("attention_delta", "any", device)
+    to_ds, products = (tiles(f"attention_{name}", shape[3], dtype, device) for name in ("ds", "products"))
+    rows = to_delta, to_ds, products
+    budget = workspace_bytes(device)
+    return _plan(shape, num_key_value_heads, dtype, device, *rows, reach, scale, budget, needs, least_parts)
+
+
+def dtype_of_sums(
+    shape: torch.Size, num_key_value_heads: int, dtype: torch.dtype, device: torch.device, reach: Reach
+) -> torch.dtype:
+    """What dk and dv of queries of this shape are summed in: float32, unless they are whole at once."""
+    return _plan_for(shape, num_key_value_heads, dtype, device, reach, 1.0, (True, True)).dtype
+
+
 def attention_bwd(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -249,17 +296,20 @@ def attention_bwd(
     intervals: KeyIntervals,
     scale: float,
     needs: tuple[bool, bool],
+    least_parts: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dq, dk and dv, contiguous, of what `attention_fwd` took and gave; dout as q. `needs`: dq; dk and dv."""
+    """dq, dk and dv, contiguous, of what `attention_fwd` took and gave; dout as q. `needs`: dq; dk and dv.
+
+    `least_parts`: from 2 on, dk and dv of any length go through float32.
+    """
     dtype, device = q.dtype, q.device
     dq = torch.empty(q.shape, dtype=dtype, device=device) if needs[0] else None
     if out.numel() == 0:
         return dq, torch.zeros_like(k) if needs[1] else None, torch.zeros_like(v) if needs[1] else None
-    to_delta = launch("attention_delta", "any", device)
-    rows = [tiles(f"attention_{name}", q.shape[3], dtype, device) for name in ("ds", "dq", "dkdv")]
-    budget = workspace_bytes(device)
-    plan = _plan(q.shape, k.shape[2], dtype, device, to_delta, *rows, intervals.reach, scale, budget)
-    of_slots, of_keys = (intervals.rows_of_keys(row.blocks["BLOCK_N"]) for row in (rows[0], rows[2]))
+    plan = _plan_for(q.shape, k.shape[2], dtype, device, intervals.reach, scale, needs, least_parts)
+    block_n, block_keys = key_blocks(q.shape[3], dtype, device)
+    of_slots = intervals.rows_of_keys(block_n)
+    of_keys = intervals.rows_of_keys(block_keys)
     delta = torch.empty_like(lse)
     _attention_delta_kernel[plan.to_delta.grid](dout_ptr=dout, out_ptr=out, delta_ptr=delta, **plan.to_delta.numbers)
     workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
@@ -267,8 +317,8 @@ def attention_bwd(
     dkdv = torch.empty((2, plan.parts, *k.shape), dtype=plan.dtype, device=device) if needs[1] else None
     dk, dv = (None, None) if dkdv is None else dkdv.unbind()
     shared = {"lo_ptr": intervals.lo, "hi_ptr": intervals.hi, "workspace_ptr": workspace}
-    for to_ds, to_dq, to_dkdv in plan.chunks:
-        _attention_ds_kernel[to_ds.grid](
+    for scores, gradients in plan.chunks:
+        _attention_ds_kernel[scores.grid](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -278,21 +328,20 @@ def attention_bwd(
             lse_ptr=lse,
             delta_ptr=delta,
             **shared,
-            **to_ds.numbers,
+            **scores.numbers,
         )
-        if dq is not None:
-            _attention_dq_kernel[to_dq.grid](k_ptr=k, dq_ptr=dq, **shared, **to_dq.numbers)
-        if dkdv is not None:
-            _attention_dkdv_kernel[to_dkdv.grid](
-                q_ptr=q,
-                dout_ptr=dout,
-                first_ptr=of_keys[0],
-                end_ptr=of_keys[1],
-                dk_ptr=dk,
-                dv_ptr=dv,
-                **shared,
-                **to_dkdv.numbers,
-            )
+        _attention_products_kernel[gradients.grid](
+            q_ptr=q,
+            k_ptr=k,
+            dout_ptr=dout,
+            first_ptr=of_keys[0],
+            end_ptr=of_keys[1],
+            dq_ptr=q if dq is None else dq,
+            dk_ptr=delta if dk is None else dk,
+            dv_ptr=delta if dv is None else dv,
+            **shared,
+            **gradients.numbers,
+        )
     if dkdv is None or dk is None or dv is None:
         return dq, None, None
     if plan.dtype == dtype and plan.parts == 1:

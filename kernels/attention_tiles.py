@@ -56,6 +56,7 @@ def row_tile(lo_ptr, hi_ptr, first_row, start, stop, GROUP: tl.constexpr, BLOCK_
 def chunk_tile(
     lo_ptr,
     hi_ptr,
+    slot,
     tile,
     seq_len,
     start,
@@ -64,12 +65,11 @@ def chunk_tile(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """A tile of rows of a chunk of positions, of the batch entry and key/value head that program_id(1) numbers.
+    """A tile of rows of a chunk of positions, of the batch entry and key/value head that `slot` numbers.
 
     Returns batch, key/value head, positions, heads, which rows exist, lo and hi. What is computed from them early would
     stay in registers through the loops of a kernel.
     """
-    slot = tl.program_id(1)
     batch = (slot // KV_HEADS).to(tl.int64)
     head = slot % KV_HEADS
     positions, members, exists, lo, hi = row_tile(

@@ -77,7 +77,7 @@ def _attention_scores_kernel(
 ):
     tile, key_tile = in_bands(tl.program_id(0), n_rows // BLOCK_M, n_tiles, 8)
     batch, head, positions, heads, exists, lo, hi = chunk_tile(
-        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
+        lo_ptr, hi_ptr, tl.program_id(1), tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
     first, end = key_bounds(lo, hi, NO_KEY)
     first_key = (first_tile + key_tile) * BLOCK_N
@@ -166,7 +166,7 @@ def _attention_output_kernel(
     tile = n_rows // BLOCK_M - 1 - tl.program_id(0) // PIECES
     first_dim = tl.program_id(0) % PIECES * DIMS
     batch, head, positions, heads, exists, lo, hi = chunk_tile(
-        lo_ptr, hi_ptr, tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
+        lo_ptr, hi_ptr, tl.program_id(1), tile, seq_len, start, stop, KV_HEADS, GROUP, BLOCK_M
     )
     first, end = key_bounds(lo, hi, NO_KEY)
     first_key = first_tile * BLOCK_N

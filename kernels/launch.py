@@ -32,13 +32,20 @@ class Launch:
 
     def within_heads(self, head_dim: int) -> Launch:
         """The same with no piece of a head larger than a head."""
-        pieces = ("BLOCK_D", "DIMS")
+        pieces = ("BLOCK_D", "DIMS", "KEY_DIMS")
         blocks = {name: min(size, head_dim) if name in pieces else size for name, size in self.blocks.items()}
         return replace(self, blocks=blocks)
 
     @functools.cached_property
     def _kwargs(self) -> dict[str, int]:
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def _products(for_q: tuple[int, int, int, int], for_keys: tuple[int, int, int, int], num_warps: int = 4) -> Launch:
+    """Of "attention_products". For dq: rows, keys at a time, a piece of a head, stages; for dk and dv: keys, rows at a
+    time, and the same."""
+    names = ("BLOCK_M", "BLOCK_K", "DIMS", "STAGES", "KEY_BLOCK_N", "KEY_BLOCK_K", "KEY_DIMS", "KEY_STAGES")
+    return Launch(dict(zip(names, for_q + for_keys)), num_warps)
 
 
 # Shape classes are the padded row width, as text, or "any".
@@ -53,7 +60,7 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("rms_norm", "any", "any"): Launch({"BLOCK_M": 1}, num_warps=4),
     ("rms_norm", "any", "interpreter"): Launch({"BLOCK_M": 64}),
     # Heads of 256 or 512: a tile of tokens by one head.
-    ("qk_norm_rope", "256", "any"): Launch({"BLOCK_M": 8}, num_warps=4),
+    ("qk_norm_rope", "256", "any"): Launch({"BLOCK_M": 4}, num_warps=2),
     ("qk_norm_rope", "512", "any"): Launch({"BLOCK_M": 2}, num_warps=2),
     ("qk_norm_rope", "any", "any"): Launch({"BLOCK_M": 16}, num_warps=4),
     # A warp of 64 threads has twice the lanes to fill with 16 bytes each.
@@ -72,8 +79,8 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("block_diagonal", "any", "any"): Launch({"BLOCK_M": 32}, num_warps=4),
     ("block_diagonal", "any", "interpreter"): Launch({"BLOCK_M": 256}),
     # Rows are (position, head of a group) pairs; shape classes are head_dim, "any" for float32. BLOCK_D and DIMS are
-    # pieces of a head, at most. BLOCK_M of "ds" is a
-    # multiple of the others' and of the BLOCK_K of "dkdv", its BLOCK_N one of every other BLOCK_N and BLOCK_K.
+    # pieces of a head, at most. BLOCK_M of "ds" is a multiple of BLOCK_M and KEY_BLOCK_K of "products", its BLOCK_N one
+    # of BLOCK_K and KEY_BLOCK_N.
     # Of 4 warps, which sm_90 keeps, "fwd" and "ds" for any shape would spill on smaller cards.
     ("attention_fwd", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8),
     ("attention_fwd", "any", "sm_90"): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
@@ -103,23 +110,20 @@ TABLE: dict[tuple[str, str, str], Launch] = {
     ("attention_sum", "any", "any"): Launch({"BLOCK": 1024}, num_warps=4),
     ("attention_sum", "any", "gfx942"): Launch({"BLOCK": 1024}, num_warps=2),
     ("attention_sum", "any", "interpreter"): Launch({"BLOCK": 1 << 16}),
-    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=8),
+    ("attention_ds", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8),
+    ("attention_ds", "any", "gfx942"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=8),
     ("attention_ds", "any", "sm_90"): Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4),
     ("attention_ds", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_D": 512}),
-    ("attention_dq", "any", "any"): Launch({"BLOCK_M": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
-    ("attention_dq", "any", "interpreter"): Launch({"BLOCK_M": 512, "BLOCK_K": 128, "DIMS": 512}),
-    ("attention_dkdv", "any", "any"): Launch({"BLOCK_N": 64, "BLOCK_K": 32, "DIMS": 16}, num_warps=4),
-    ("attention_dkdv", "any", "interpreter"): Launch({"BLOCK_N": 128, "BLOCK_K": 512, "DIMS": 512}),
+    ("attention_products", "any", "any"): _products((64, 32, 16, 1), (64, 32, 16, 1)),
+    ("attention_products", "any", "interpreter"): _products((512, 128, 512, 1), (128, 512, 512, 1)),
     **{
         (f"attention_{name}", head_dim, architecture): row
         for head_dim in ("256", "512")
         for name, architecture, row in (
             ("ds", "any", Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 32}, num_warps=8, num_stages=3)),
             ("ds", "sm_90", Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3)),
-            ("dq", "any", Launch({"BLOCK_M": 128, "BLOCK_K": 32, "DIMS": 128}, num_warps=8, num_stages=3)),
-            ("dq", "sm_90", Launch({"BLOCK_M": 128, "BLOCK_K": 64, "DIMS": 256}, num_warps=8, num_stages=3)),
-            ("dkdv", "any", Launch({"BLOCK_N": 64, "BLOCK_K": 32, "DIMS": 128}, num_warps=8, num_stages=3)),
-            ("dkdv", "sm_90", Launch({"BLOCK_N": 128, "BLOCK_K": 64, "DIMS": 128}, num_warps=8, num_stages=4)),
+            ("products", "any", _products((128, 32, 128, 3), (64, 32, 128, 3), num_warps=8)),
+            ("products", "sm_90", _products((128, 64, 256, 3), (128, 64, 128, 4), num_warps=8)),
         )
     },
     # One program per row of logits, streaming over the vocabulary.

@@ -16,8 +16,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgemma.kernels.attention import attention_problem, compile_attention_ahead
+from fastgemma.kernels.attention_backward import dtype_of_sums
 from fastgemma.kernels.backend import interpreting
-from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
+from fastgemma.kernels.key_intervals import KeyIntervals, Reach, key_intervals
 from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.guards import is_transformers
@@ -121,8 +122,8 @@ class IntervalMasks:
         plain = padding is None and documents is None and blocks is None
         if plain and (found := self._kept.get(key)) is not None:
             return found
-        if reference.is_cuda and not interpreting() and not by_runs:
-            _compile_ahead(model, config, reference.device)
+        if reference.is_cuda and not interpreting() and not by_runs and batch and seq_len:
+            _compile_ahead(model, config, reference.device, batch, seq_len)
         # Tensors of inference mode could not be kept for training.
         with torch.inference_mode(False):
             masks = {
@@ -152,12 +153,17 @@ def _dtype(model: Any) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
 
 
-def _compile_ahead(model: Any, config: Any, device: torch.device) -> None:
+def _compile_ahead(model: Any, config: Any, device: torch.device, batch: int, seq_len: int) -> None:
     """Before the first layer needs them, and while those around attention compile."""
-    heads = config.num_attention_heads
+    heads, dtype = config.num_attention_heads, _dtype(model)
     attentions = [layer.self_attn for layer in getattr(model, "language_model", model).layers]
-    for head_dim, group in dict.fromkeys((a.head_dim, a.num_key_value_groups) for a in attentions):
-        compile_attention_ahead(_dtype(model), device, heads, heads // group, head_dim, torch.is_grad_enabled())
+    kinds = dict.fromkeys((a.head_dim, a.num_key_value_groups, a.sliding_window) for a in attentions)
+    for head_dim, group, window in kinds:
+        kv_heads, sums = heads // group, None
+        if torch.is_grad_enabled():
+            shape, reach = torch.Size((batch, seq_len, heads, head_dim)), Reach(seq_len, True, window)
+            sums = dtype_of_sums(shape, kv_heads, dtype, device, reach)
+        compile_attention_ahead(dtype, device, heads, kv_heads, head_dim, sums)
 
 
 def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> None:

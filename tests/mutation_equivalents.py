@@ -213,8 +213,8 @@ EQUIVALENT: dict[Change, str] = {
     ),
     **_same(
         "programs with an even and an odd number change places",
-        ("_attention_dkdv_kernel", "if {for_k == 1}:", "(not for_k == 1)"),
-        ("_attention_dkdv_kernel", "if {for_k == 1}:", "(for_k != 1)"),
+        ("_gradients_of_keys_and_values", "if {for_k == 1}:", "(not for_k == 1)"),
+        ("_gradients_of_keys_and_values", "if {for_k == 1}:", "(for_k != 1)"),
     ),
     **_same(
         "a missing row holds zeros, which are finite",
@@ -231,9 +231,14 @@ EQUIVALENT: dict[Change, str] = {
             "True",
         ),
         (
-            "_attention_dq_kernel",
+            "_gradient_of_keys",
+            "{False}, KV_HEADS, GROUP, HEAD_DIM, DIMS, BLOCK_N, BLOCK_K, STAGES,",
+            "True",
+        ),
+        (
+            "_gradient_of_queries",
             "first, end, ds_rows, k_base, lo, hi, seq_len, n_slots, {False}, KV_HEADS * HEAD_DIM, DIMS, BLOCK_M, "
-            "BLOCK_N,",
+            "SLOT_N,",
             "True",
         ),
     ),

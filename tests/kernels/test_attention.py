@@ -30,11 +30,16 @@ from quick import slow_after
 from fastgemma.kernels import attention as attention_module
 from fastgemma.kernels import attention_backward, attention_forward, attention_wide, backend
 from fastgemma.kernels import launch as launch_module
-from fastgemma.kernels.attention import attention, attention_problem, attention_reference
+from fastgemma.kernels.attention import (
+    attention,
+    attention_problem,
+    attention_reference,
+    compile_attention_ahead,
+)
 from fastgemma.kernels.attention_tiles import in_bands
 from fastgemma.kernels.backend import kernel, tl
-from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
-from fastgemma.kernels.launch import Launch
+from fastgemma.kernels.key_intervals import KeyIntervals, Reach, key_intervals
+from fastgemma.kernels.launch import TABLE, Launch
 
 
 def make(
@@ -79,8 +84,7 @@ SMALL = {
     "scores": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
     "output": {"BLOCK_M": 64, "BLOCK_K": 16, "DIMS": 16},
     "ds": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 16},
-    "dq": {"BLOCK_M": 64, "BLOCK_K": 16, "DIMS": 16},
-    "dkdv": {"BLOCK_N": 32, "BLOCK_K": 32, "DIMS": 16},
+    "products": launch_module._products((64, 16, 16, 1), (32, 32, 16, 1)).blocks,
 }
 
 
@@ -233,9 +237,71 @@ def test_some_gradients(wanted: str, device: torch.device, monkeypatch: pytest.M
         "_attention_output_kernel",
         "_attention_delta_kernel",
         "_attention_ds_kernel",
-        *(["_attention_dq_kernel"] if "q" in wanted else []),
-        *(["_attention_dkdv_kernel", "_attention_sum_kernel"] if set(wanted) & {"k", "v"} else []),
+        "_attention_products_kernel",
+        *(["_attention_sum_kernel"] if set(wanted) & {"k", "v"} else []),
     ]
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_either_order_of_programs_computes_the_same(
+    window: int | None, few_positions: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of dq before those of dk and dv, or behind them, over several chunks, entries and key/value heads."""
+    inputs = make(2, 75, 6, 2, 16, device)
+    intervals = key_intervals(2, 75, device, window)
+    dout = fresh(2, 75, 6, 16, device=device, grad=False)
+    results = []
+    for q_first in (True, False):
+        attention_backward._plan.cache_clear()
+        monkeypatch.setattr(attention_backward, "_q_first", lambda *_, q_first=q_first: q_first)
+        results.append(evaluate(run(attention, intervals, 1.0), inputs, [dout]))
+    attention_backward._plan.cache_clear()
+    assert all(same_bits(results[0][name], value) for name, value in results[1].items())
+
+
+def test_rows_are_shared_where_programs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By as many programs as it takes to keep a card of 132 multiprocessors busy, and none where there are enough."""
+    monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(attention_backward, "workspace_bytes", lambda device: 1 << 30)
+    products = TABLE["attention_products", "512", "sm_90"]
+    blocks = TABLE["attention_delta", "any", "any"], TABLE["attention_ds", "512", "sm_90"], products
+
+    def parts(seq_len: int, head_dim: int, window: int | None, kv_heads: int) -> int:
+        plan = attention_backward._plan.__wrapped__(
+            torch.Size((1, seq_len, 8, head_dim)), kv_heads, torch.bfloat16, torch.device("cpu"), *blocks,
+            Reach(seq_len, True, window), 1.0, 1 << 30, (True, True), 1,
+        )  # fmt: skip
+        # Whole in q's dtype, where neither parts nor chunks have to be added up.
+        assert plan.dtype == (torch.bfloat16 if plan.parts == 1 and len(plan.chunks) == 1 else torch.float32)
+        return plan.parts
+
+    assert [parts(n, 512, None, 1) for n in (256, 1024, 2048, 8192)] == [4, 3, 1, 1]
+    assert [parts(n, 512, None, 2) for n in (256, 1024, 2048, 8192)] == [4, 1, 1, 1]
+    assert [parts(n, 256, 512, 1) for n in (256, 1024, 2048, 8192)] == [4, 4, 1, 1]
+
+
+@pytest.mark.parametrize("seq_len", [1, 40, 130])
+def test_what_is_compiled_ahead_is_what_is_launched(
+    seq_len: int, few_positions: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[Any]] = {"ahead": set(), "launched": set()}
+
+    def note(where: str, of: Any, values: dict[str, Any]) -> None:
+        ordered, n = of._in_order(values), of._n_pointers
+        seen[where].add((of.__name__, of._variant(ordered[n:], tuple(x.dtype for x in ordered[:n]))))
+
+    def launched(self: Any, grid: Any, **values: Any) -> None:
+        note("launched", self, values)
+        self.function[grid](**values)
+
+    monkeypatch.setattr(backend.Kernel, "_compile_ahead", lambda self, grid, **values: note("ahead", self, values))
+    monkeypatch.setattr(backend.Kernel, "_launch", launched)
+    inputs = make(1, seq_len, 4, 2, 16, device)
+    intervals = key_intervals(1, seq_len, device)
+    evaluate(run(attention, intervals, 1.0), inputs, [torch.ones_like(inputs["q"])])
+    sums = attention_backward.dtype_of_sums(inputs["q"].shape, 2, torch.float32, device, intervals.reach)
+    compile_attention_ahead.__wrapped__(torch.float32, device, 4, 2, 16, sums)
+    assert seen["launched"] and seen["launched"] <= seen["ahead"]
 
 
 def test_tiles_outside_are_not_visited(device: torch.device) -> None:

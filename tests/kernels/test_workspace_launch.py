@@ -123,7 +123,8 @@ def test_every_row_resolves_and_is_well_formed(kernel, shape, arch, on):
     on("sm_00" if arch == "any" else arch)
     row = launch(kernel, shape, CARD)
     assert row is TABLE[kernel, shape, arch]
-    assert row.blocks and all(size > 0 and size & (size - 1) == 0 for size in row.blocks.values())
+    assert row.blocks and all(size >= 1 for size in row.blocks.values())
+    assert all(size & (size - 1) == 0 for name, size in row.blocks.items() if not name.endswith("STAGES"))
     assert row.num_warps in (1, 2, 4, 8, 16, 32) and row.num_stages >= 1
     assert row.kwargs() == {**row.blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
 
