@@ -167,6 +167,7 @@ class _Plan(NamedTuple):
     workspace_size: int
     parts: int  # of dk and dv
     dtype: torch.dtype  # of these
+    key_blocks: tuple[int, int]
 
 
 def _parts(rows: int, work: int, products: Launch, device: torch.device) -> int:
@@ -259,7 +260,8 @@ def _plan(
     delta = Prepared(grid, {"n_rows": rows, "HEAD_DIM": head_dim, **to_delta.kwargs()})
     # A single part and chunk is the result itself.
     sums = dtype if parts == 1 and chunk == seq_len else torch.float32
-    return _Plan(delta, chunks, 2 * slots * n_rows * most_slots * block_n, parts, sums)
+    workspace_size = 2 * slots * n_rows * most_slots * block_n
+    return _Plan(delta, chunks, workspace_size, parts, sums, (block_n, block_keys))
 
 
 def _plan_for(
@@ -307,9 +309,7 @@ def attention_bwd(
     if out.numel() == 0:
         return dq, torch.zeros_like(k) if needs[1] else None, torch.zeros_like(v) if needs[1] else None
     plan = _plan_for(q.shape, k.shape[2], dtype, device, intervals.reach, scale, needs, least_parts)
-    block_n, block_keys = key_blocks(q.shape[3], dtype, device)
-    of_slots = intervals.rows_of_keys(block_n)
-    of_keys = intervals.rows_of_keys(block_keys)
+    of_slots, of_keys = map(intervals.rows_of_keys, plan.key_blocks)
     delta = torch.empty_like(lse)
     _attention_delta_kernel[plan.to_delta.grid](dout_ptr=dout, out_ptr=out, delta_ptr=delta, **plan.to_delta.numbers)
     workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
