@@ -17,7 +17,7 @@ import functools
 import torch
 
 from fastgemma.kernels._once_differentiable import once_differentiable
-from fastgemma.kernels.attention_backward import attention_bwd
+from fastgemma.kernels.attention_backward import Sums, attention_bwd
 from fastgemma.kernels.attention_checks import check_attention
 from fastgemma.kernels.attention_efficient import efficient_attention, efficient_problem
 from fastgemma.kernels.attention_forward import attention_fwd
@@ -94,15 +94,14 @@ def compile_attention_ahead(
     num_heads: int,
     num_key_value_heads: int,
     head_dim: int,
-    sums: torch.dtype | None,
+    sums: Sums | None,
 ) -> None:
     """Has other threads compile what `attention` of such tensors will launch, once for each kind.
 
     With nothing in Triton's cache its kernels take half of a first step's time to compile, one after the other.
-    `sums` is what `attention_backward.dtype_of_sums` says, None where no gradient is wanted.
+    `sums` is what `attention_backward.sums_of` says of them, None where no gradient is wanted.
     """
-    # One tile of keys is a gradient whole at once; of two tiles of rows two parts can be made.
-    shape = (1, 512 if sums == torch.float32 else 8, num_heads, head_dim)
+    shape = (1, 16, num_heads, head_dim)
     q, k, v = (
         torch.empty((*shape[:2], heads, head_dim), dtype=dtype, device=device)
         for heads in (num_heads, num_key_value_heads, num_key_value_heads)
@@ -111,8 +110,7 @@ def compile_attention_ahead(
     with compiling_ahead():
         out, lse = attention_fwd(q, k, v, intervals, 1.0)
         if sums is not None:
-            least_parts = 2 if sums == torch.float32 else 1
-            attention_bwd(out, q, k, v, out, lse, intervals, 1.0, (True, True), least_parts)
+            attention_bwd(out, q, k, v, out, lse, intervals, 1.0, (True, True), sums)
 
 
 def attention_reference(

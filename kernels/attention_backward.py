@@ -159,14 +159,20 @@ class _Chunk(NamedTuple):
     products: Prepared
 
 
+class Sums(NamedTuple):
+    """How dk and dv come together: from so many parts, in q's dtype where they are whole at once, else in float32."""
+
+    parts: int
+    dtype: torch.dtype
+
+
 class _Plan(NamedTuple):
     """What `attention_bwd` needs for tensors of one shape: its launches, and what their buffers hold."""
 
     to_delta: Prepared
     chunks: list[_Chunk]
     workspace_size: int
-    parts: int  # of dk and dv
-    dtype: torch.dtype  # of these
+    sums: Sums
     key_blocks: tuple[int, int]
 
 
@@ -199,7 +205,6 @@ def _plan(
     scale: float,
     budget: int,
     needs: tuple[bool, bool],
-    least_parts: int,
 ) -> _Plan:
     batch, seq_len, num_heads, head_dim = shape
     group, slots = num_heads // num_key_value_heads, batch * num_key_value_heads
@@ -216,9 +221,9 @@ def _plan(
 
     pieces = head_dim // products.blocks["KEY_DIMS"]
     # Of the last chunk, whose rows have the most keys: three products of every pair of a row and a key.
-    most_rows = min(n_rows, (positions + block_keys) * group)
+    most_rows = min(n_rows, ((reach.window or seq_len) + block_keys) * group)
     pairs = n_rows * slots * min(seq_len - chunk // 2 if reach.causal else seq_len, reach.window or seq_len)
-    parts = max(_parts(most_rows, 3 * pairs * head_dim, products, device), least_parts)
+    parts = _parts(most_rows, 3 * pairs * head_dim, products, device)
     rows_of_part = cdiv(cdiv(n_rows, parts), block_m) * block_m
     parts = cdiv(n_rows, rows_of_part)
 
@@ -259,9 +264,9 @@ def _plan(
     grid = (cdiv(rows, to_delta.blocks["BLOCK_M"]),)
     delta = Prepared(grid, {"n_rows": rows, "HEAD_DIM": head_dim, **to_delta.kwargs()})
     # A single part and chunk is the result itself.
-    sums = dtype if parts == 1 and chunk == seq_len else torch.float32
+    sums = Sums(parts, dtype if parts == 1 and chunk == seq_len else torch.float32)
     workspace_size = 2 * slots * n_rows * most_slots * block_n
-    return _Plan(delta, chunks, workspace_size, parts, sums, (block_n, block_keys))
+    return _Plan(delta, chunks, workspace_size, sums, (block_n, block_keys))
 
 
 def _plan_for(
@@ -272,20 +277,19 @@ def _plan_for(
     reach: Reach,
     scale: float,
     needs: tuple[bool, bool],
-    least_parts: int = 1,
 ) -> _Plan:
     to_delta = launch("attention_delta", "any", device)
     to_ds, products = (tiles(f"attention_{name}", shape[3], dtype, device) for name in ("ds", "products"))
     rows = to_delta, to_ds, products
     budget = workspace_bytes(device)
-    return _plan(shape, num_key_value_heads, dtype, device, *rows, reach, scale, budget, needs, least_parts)
+    return _plan(shape, num_key_value_heads, dtype, device, *rows, reach, scale, budget, needs)
 
 
-def dtype_of_sums(
+def sums_of(
     shape: torch.Size, num_key_value_heads: int, dtype: torch.dtype, device: torch.device, reach: Reach
-) -> torch.dtype:
-    """What dk and dv of queries of this shape are summed in: float32, unless they are whole at once."""
-    return _plan_for(shape, num_key_value_heads, dtype, device, reach, 1.0, (True, True)).dtype
+) -> Sums:
+    """How dk and dv come together, of queries of this shape."""
+    return _plan_for(shape, num_key_value_heads, dtype, device, reach, 1.0, (True, True)).sums
 
 
 def attention_bwd(
@@ -298,24 +302,27 @@ def attention_bwd(
     intervals: KeyIntervals,
     scale: float,
     needs: tuple[bool, bool],
-    least_parts: int = 1,
+    sums: Sums | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dq, dk and dv, contiguous, of what `attention_fwd` took and gave; dout as q. `needs`: dq; dk and dv.
 
-    `least_parts`: from 2 on, dk and dv of any length go through float32.
+    `sums`: what is compiled for, of another length, where nothing is launched.
     """
     dtype, device = q.dtype, q.device
     dq = torch.empty(q.shape, dtype=dtype, device=device) if needs[0] else None
     if out.numel() == 0:
         return dq, torch.zeros_like(k) if needs[1] else None, torch.zeros_like(v) if needs[1] else None
-    plan = _plan_for(q.shape, k.shape[2], dtype, device, intervals.reach, scale, needs, least_parts)
+    plan = _plan_for(q.shape, k.shape[2], dtype, device, intervals.reach, scale, needs)
+    sums = plan.sums if sums is None else sums
     of_slots, of_keys = map(intervals.rows_of_keys, plan.key_blocks)
     delta = torch.empty_like(lse)
     _attention_delta_kernel[plan.to_delta.grid](dout_ptr=dout, out_ptr=out, delta_ptr=delta, **plan.to_delta.numbers)
     workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
     # One buffer for both, so that their parts meet in one launch.
-    dkdv = torch.empty((2, plan.parts, *k.shape), dtype=plan.dtype, device=device) if needs[1] else None
+    dkdv = torch.empty((2, sums.parts, *k.shape), dtype=sums.dtype, device=device) if needs[1] else None
     dk, dv = (None, None) if dkdv is None else dkdv.unbind()
+    # What stands in for them where they are not wanted is of their dtype, so that nothing else is compiled.
+    unwanted = workspace if sums.dtype == dtype else delta
     shared = {"lo_ptr": intervals.lo, "hi_ptr": intervals.hi, "workspace_ptr": workspace}
     for scores, gradients in plan.chunks:
         _attention_ds_kernel[scores.grid](
@@ -337,19 +344,19 @@ def attention_bwd(
             first_ptr=of_keys[0],
             end_ptr=of_keys[1],
             dq_ptr=q if dq is None else dq,
-            dk_ptr=delta if dk is None else dk,
-            dv_ptr=delta if dv is None else dv,
+            dk_ptr=unwanted if dk is None else dk,
+            dv_ptr=unwanted if dv is None else dv,
             **shared,
             **gradients.numbers,
         )
     if dkdv is None or dk is None or dv is None:
         return dq, None, None
-    if plan.dtype == dtype and plan.parts == 1:
+    if sums == (1, dtype):
         return dq, dk[0], dv[0]
-    sums = torch.empty((2, *k.shape), dtype=dtype, device=device)
+    whole = torch.empty((2, *k.shape), dtype=dtype, device=device)
     config = launch("attention_sum", "any", device)
     _attention_sum_kernel[(cdiv(k.numel(), config.blocks["BLOCK"]), 2)](
-        parts_ptr=dkdv, out_ptr=sums, n_elements=k.numel(), PARTS=plan.parts, **config.kwargs()
+        parts_ptr=dkdv, out_ptr=whole, n_elements=k.numel(), PARTS=sums.parts, **config.kwargs()
     )
-    dk, dv = sums.unbind()
+    dk, dv = whole.unbind()
     return dq, dk, dv

@@ -16,9 +16,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgemma.kernels.attention import attention_problem, compile_attention_ahead
-from fastgemma.kernels.attention_backward import dtype_of_sums
+from fastgemma.kernels.attention_backward import sums_of
 from fastgemma.kernels.backend import interpreting
-from fastgemma.kernels.key_intervals import KeyIntervals, Reach, key_intervals
+from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.guards import is_transformers
@@ -122,8 +122,6 @@ class IntervalMasks:
         plain = padding is None and documents is None and blocks is None
         if plain and (found := self._kept.get(key)) is not None:
             return found
-        if reference.is_cuda and not interpreting() and not by_runs and batch and seq_len:
-            _compile_ahead(model, config, reference.device, batch, seq_len)
         # Tensors of inference mode could not be kept for training.
         with torch.inference_mode(False):
             masks = {
@@ -141,6 +139,8 @@ class IntervalMasks:
                 )
                 for kind in ("full_attention", "sliding_attention")
             }
+        if reference.is_cuda and not interpreting() and not by_runs and batch and seq_len:
+            _compile_ahead(model, config, masks, reference.device)
         if plain:
             kept = {**self._kept, key: masks}
             while len(kept) > _MAX_KEPT:
@@ -153,16 +153,17 @@ def _dtype(model: Any) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
 
 
-def _compile_ahead(model: Any, config: Any, device: torch.device, batch: int, seq_len: int) -> None:
+def _compile_ahead(model: Any, config: Any, masks: Mapping[str, IntervalMask], device: torch.device) -> None:
     """Before the first layer needs them, and while those around attention compile."""
     heads, dtype = config.num_attention_heads, _dtype(model)
     attentions = [layer.self_attn for layer in getattr(model, "language_model", model).layers]
-    kinds = dict.fromkeys((a.head_dim, a.num_key_value_groups, a.sliding_window) for a in attentions)
-    for head_dim, group, window in kinds:
+    kinds = dict.fromkeys((a.head_dim, a.num_key_value_groups, a.sliding_window is not None) for a in attentions)
+    for head_dim, group, slides in kinds:
         kv_heads, sums = heads // group, None
         if torch.is_grad_enabled():
-            shape, reach = torch.Size((batch, seq_len, heads, head_dim)), Reach(seq_len, True, window)
-            sums = dtype_of_sums(shape, kv_heads, dtype, device, reach)
+            intervals = masks["sliding_attention" if slides else "full_attention"].on(device)
+            shape = torch.Size((*intervals.lo.shape, heads, head_dim))
+            sums = sums_of(shape, kv_heads, dtype, device, intervals.reach)
         compile_attention_ahead(dtype, device, heads, kv_heads, head_dim, sums)
 
 

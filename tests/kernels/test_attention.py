@@ -242,48 +242,64 @@ def test_some_gradients(wanted: str, device: torch.device, monkeypatch: pytest.M
     ]
 
 
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("window", [None, 20])
 def test_either_order_of_programs_computes_the_same(
-    window: int | None, few_positions: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    window: int | None, parts: int, few_positions: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs of dq before those of dk and dv, or behind them, over several chunks, entries and key/value heads."""
     inputs = make(2, 75, 6, 2, 16, device)
     intervals = key_intervals(2, 75, device, window)
     dout = fresh(2, 75, 6, 16, device=device, grad=False)
+    truth = evaluate(run(attention_reference, intervals, 1.0), double(inputs), [double(dout)])
+    monkeypatch.setattr(attention_backward, "_parts", lambda *_: parts)
     results = []
     for q_first in (True, False):
         attention_backward._plan.cache_clear()
         monkeypatch.setattr(attention_backward, "_q_first", lambda *_, q_first=q_first: q_first)
         results.append(evaluate(run(attention, intervals, 1.0), inputs, [dout]))
     attention_backward._plan.cache_clear()
+    assert_float32(results[0], truth)
     assert all(same_bits(results[0][name], value) for name, value in results[1].items())
 
 
 def test_rows_are_shared_where_programs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """By as many programs as it takes to keep a card of 132 multiprocessors busy, and none where there are enough."""
     monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(attention_backward, "workspace_bytes", lambda device: 1 << 30)
-    products = TABLE["attention_products", "512", "sm_90"]
-    blocks = TABLE["attention_delta", "any", "any"], TABLE["attention_ds", "512", "sm_90"], products
+    blocks = (
+        TABLE["attention_delta", "any", "any"],
+        TABLE["attention_ds", "512", "sm_90"],
+        TABLE["attention_products", "512", "sm_90"],
+    )
 
-    def parts(seq_len: int, head_dim: int, window: int | None, kv_heads: int) -> int:
+    def parts(seq_len: int, head_dim: int, window: int | None, kv_heads: int, causal: bool = True) -> int:
         plan = attention_backward._plan.__wrapped__(
             torch.Size((1, seq_len, 8, head_dim)), kv_heads, torch.bfloat16, torch.device("cpu"), *blocks,
-            Reach(seq_len, True, window), 1.0, 1 << 30, (True, True), 1,
+            Reach(seq_len, causal, window), 1.0, 1 << 30, (True, True),
         )  # fmt: skip
         # Whole in q's dtype, where neither parts nor chunks have to be added up.
-        assert plan.dtype == (torch.bfloat16 if plan.parts == 1 and len(plan.chunks) == 1 else torch.float32)
-        return plan.parts
+        whole = plan.sums.parts == len(plan.chunks) == 1
+        assert plan.sums.dtype == (torch.bfloat16 if whole else torch.float32)
+        return plan.sums.parts
 
     assert [parts(n, 512, None, 1) for n in (256, 1024, 2048, 8192)] == [4, 3, 1, 1]
     assert [parts(n, 512, None, 2) for n in (256, 1024, 2048, 8192)] == [4, 1, 1, 1]
     assert [parts(n, 256, 512, 1) for n in (256, 1024, 2048, 8192)] == [4, 4, 1, 1]
+    assert parts(2048, 256, 512, 1, causal=False) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("seq_len", [1, 40, 130])
 def test_what_is_compiled_ahead_is_what_is_launched(
-    seq_len: int, few_positions: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    seq_len: int,
+    parts: int,
+    dtype: torch.dtype,
+    few_positions: None,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of one chunk and of several, whole or in parts; and where keys and values want no gradient, nothing else."""
     seen: dict[str, set[Any]] = {"ahead": set(), "launched": set()}
 
     def note(where: str, of: Any, values: dict[str, Any]) -> None:
@@ -296,12 +312,20 @@ def test_what_is_compiled_ahead_is_what_is_launched(
 
     monkeypatch.setattr(backend.Kernel, "_compile_ahead", lambda self, grid, **values: note("ahead", self, values))
     monkeypatch.setattr(backend.Kernel, "_launch", launched)
-    inputs = make(1, seq_len, 4, 2, 16, device)
+    monkeypatch.setattr(attention_backward, "_parts", lambda *_: parts)
+    attention_backward._plan.cache_clear()
+    inputs = make(1, seq_len, 4, 2, 16, device, dtype)
     intervals = key_intervals(1, seq_len, device)
-    evaluate(run(attention, intervals, 1.0), inputs, [torch.ones_like(inputs["q"])])
-    sums = attention_backward.dtype_of_sums(inputs["q"].shape, 2, torch.float32, device, intervals.reach)
-    compile_attention_ahead.__wrapped__(torch.float32, device, 4, 2, 16, sums)
-    assert seen["launched"] and seen["launched"] <= seen["ahead"]
+    dout = torch.ones_like(inputs["q"])
+    evaluate(run(attention, intervals, 1.0), inputs, [dout])
+    torch.autograd.grad(
+        attention(inputs["q"], inputs["k"].detach(), inputs["v"].detach(), intervals), inputs["q"], dout
+    )
+    sums = attention_backward.sums_of(inputs["q"].shape, 2, dtype, device, intervals.reach)
+    attention_backward._plan.cache_clear()
+    compile_attention_ahead.__wrapped__(dtype, device, 4, 2, 16, sums)
+    assert {name for name, _ in seen["launched"]} >= {"_attention_ds_kernel", "_attention_products_kernel"}
+    assert seen["launched"] == seen["ahead"]
 
 
 def test_tiles_outside_are_not_visited(device: torch.device) -> None:
