@@ -1,7 +1,7 @@
 """The loss of `Gemma4ForCausalLM` and `Gemma4ForConditionalGeneration`, without logits.
 
-Trainer and plain loops reach it through `model(..., labels=labels)`. Without labels, and in evaluation (whose metrics
-may read them), the model returns true logits as stock does.
+Trainer and plain loops reach it through `model(..., labels=labels)`. Logits are then made where somebody reads them
+(`deferred_logits`). Without labels, and in evaluation, the model returns true logits as stock does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastgemma.kernels.linear_cross_entropy import KeptRows, linear_cross_entropy, shift_labels
+from fastgemma.patches.deferred_logits import DeferredLogits, deferring
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, is_transformers, plain, unusable
 from fastgemma.patches.projections import compute_dtype
@@ -106,7 +107,11 @@ def make_head_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Calla
         )
         op.fast()
         output_class = _output_class(self)
-        fields = {f.name: getattr(outputs, f.name, None) for f in dataclasses.fields(output_class)}
-        return output_class(**{**fields, "loss": loss, "logits": None})
+        fields = {f.name: getattr(outputs, f.name, None) for f in dataclasses.fields(output_class)} | {"loss": loss}
+        # A head that trains may be another by the time they are read; nn.DataParallel gathers outputs item by item.
+        if weight.requires_grad or getattr(self, "_is_replica", False):
+            return output_class(**fields | {"logits": None})
+        logits = DeferredLogits(self.lm_head, hidden_states, self.config.get_text_config().final_logit_softcapping)
+        return deferring(output_class)(**fields | {"logits": logits})
 
     return forward

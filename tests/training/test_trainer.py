@@ -55,7 +55,14 @@ def rows() -> Dataset:
     return Dataset.from_list([{"input_ids": i, "labels": t} for i, t in zip(ids.tolist(), labels.tolist())])
 
 
-def trainer(model: Any, path: Path, compute_metrics: Any = None, compute_loss_func: Any = None, **settings: Any) -> Any:
+def trainer(
+    model: Any,
+    path: Path,
+    compute_metrics: Any = None,
+    compute_loss_func: Any = None,
+    kind: Any = Trainer,
+    **settings: Any,
+) -> Any:
     defaults: dict[str, Any] = {
         "output_dir": str(path),
         "max_steps": 2,
@@ -69,7 +76,7 @@ def trainer(model: Any, path: Path, compute_metrics: Any = None, compute_loss_fu
         "disable_tqdm": True,
         "seed": 3,
     }
-    return Trainer(
+    return kind(
         model=model,
         args=TrainingArguments(**{**defaults, **settings}),
         train_dataset=rows(),
@@ -127,6 +134,29 @@ def test_losses_of_logits(options: dict[str, Any], checkpoint: Path, tmp_path: P
     after = counts()
     assert after["lora"][0] > before["lora"][0] and after["attention"][0] > before["attention"][0]
     assert after["cross_entropy"] == before["cross_entropy"], "neither its fast path nor a fallback: no labels"
+
+
+class Confident(Trainer):
+    """A user's own, which lets the model compute its loss and reads the logits beside it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        outputs = model(**inputs)
+        log_probs = outputs.logits.float().log_softmax(-1)
+        loss = outputs.loss + 0.1 * (log_probs.exp() * log_probs).sum(-1).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_trainer_that_reads_logits_beside_the_loss(checkpoint: Path, tmp_path: Path) -> None:
+    histories = []
+    before = counts()
+    for features in (STOCK, HOST):
+        with fastgemma.patched(**features):
+            run = trainer(load(checkpoint), tmp_path, kind=Confident)
+            run.train()
+        histories.append(history(run, "loss", "grad_norm"))
+    stock, ours = histories
+    assert len(stock) == 4 and ours == pytest.approx(stock, rel=TOLERANCE)
+    assert counts()["cross_entropy"][0] == before["cross_entropy"][0] + 2
 
 
 # Resuming
