@@ -48,6 +48,14 @@ def _output_class(model: nn.Module) -> type:
     )
 
 
+def _may_defer(model: Any) -> bool:
+    """Whether logits can be made later, for whoever reads them."""
+    # A head that trains may be another by then. Processes that train together (DDP, FSDP, DeepSpeed) look through
+    # outputs for tensors: to hook them, which cannot be done yet, or by reading every field.
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (model.lm_head.weight.requires_grad or together or getattr(model, "_is_replica", False))
+
+
 def make_head_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     op = ops["cross_entropy"]
     names = [name for name in inspect.signature(original).parameters if name not in ("self", "kwargs")]
@@ -108,8 +116,7 @@ def make_head_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Calla
         op.fast()
         output_class = _output_class(self)
         fields = {f.name: getattr(outputs, f.name, None) for f in dataclasses.fields(output_class)} | {"loss": loss}
-        # A head that trains may be another by the time they are read; nn.DataParallel gathers outputs item by item.
-        if weight.requires_grad or getattr(self, "_is_replica", False):
+        if not _may_defer(self):
             return output_class(**fields | {"logits": None})
         logits = DeferredLogits(self.lm_head, hidden_states, self.config.get_text_config().final_logit_softcapping)
         return deferring(output_class)(**fields | {"logits": logits})

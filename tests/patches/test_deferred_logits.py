@@ -38,13 +38,13 @@ def forward(model: Any) -> Any:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Logits that were made while the test ran."""
     seen: list[torch.Tensor] = []
-    make = DeferredLogits.tensor
+    make = DeferredLogits._make
 
-    def tensor(self: DeferredLogits) -> torch.Tensor:
+    def _make(self: DeferredLogits) -> torch.Tensor:
         seen.append(make(self))
         return seen[-1]
 
-    monkeypatch.setattr(DeferredLogits, "tensor", tensor)
+    monkeypatch.setattr(DeferredLogits, "_make", _make)
     return seen
 
 
@@ -142,23 +142,71 @@ def test_autocast_and_gradient_mode_are_the_forwards(made: list[torch.Tensor]) -
     assert not outputs.logits.requires_grad and outputs.logits.dtype == torch.float32
 
 
-def test_a_head_that_trains_has_none() -> None:
-    """By the time they are read it may be another."""
+@pytest.mark.parametrize("case", ["a head that trains", "a distributed run", "a replica"])
+def test_where_they_cannot_be_made_later(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    model.get_output_embeddings().weight.requires_grad_(True)
+    if case == "a head that trains":
+        model.get_output_embeddings().weight.requires_grad_(True)
+    elif case == "a distributed run":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    else:
+        model._is_replica = True
     with fastgemma.patched():
         outputs = forward(model)
     assert outputs.logits is None and "logits" not in outputs and outputs.loss.requires_grad
 
 
-def test_overwritten_hidden_states() -> None:
+@pytest.mark.parametrize("what", ["hidden states", "output embedding"])
+def test_overwritten(what: str) -> None:
+    model = build()
     with fastgemma.patched():
-        outputs = forward(build())
-    with torch.no_grad():
-        outputs.__dict__["logits"]._hidden_states.zero_()
-    with pytest.raises(RuntimeError, match="overwritten"):
-        outputs.logits  # noqa: B018
+        outputs = forward(model)
     outputs.loss.backward()
+    with torch.no_grad():
+        if what == "hidden states":
+            outputs.__dict__["logits"]._hidden_states.zero_()
+        else:
+            model.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=f"overwritten the {what}"):
+        outputs.logits  # noqa: B018
+
+
+def test_inference_mode(made: list[torch.Tensor]) -> None:
+    """A loss in it; and logits of a training forward that are first read in it."""
+    model = build()
+    expected = forward(model).logits
+    with fastgemma.patched():
+        with torch.inference_mode():
+            outputs = forward(model)
+        assert relative_error(outputs.logits, expected) <= FLOAT32_BUDGET and not outputs.logits.requires_grad
+        outputs = forward(model)
+    with torch.inference_mode():
+        logits = outputs.logits
+    assert logits.requires_grad and not logits.is_inference() and len(made) == 2
+
+
+def test_among_the_items(made: list[torch.Tensor]) -> None:
+    """Whoever takes outputs apart finds something that does as a tensor."""
+    model = build()
+    with fastgemma.patched():
+        outputs = forward(model)
+    found = dict(outputs.items())["logits"]
+    assert not made
+    assert found.shape == (2, 9, structures.VOCAB) and len(made) == 1
+    assert torch.equal(found.detach()[0], found[0].detach())
+    assert torch.equal(torch.softmax(found, -1), outputs.logits.softmax(-1)) and len(made) == 1
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        found.nothing  # noqa: B018
+
+
+def test_each_family_has_a_class_of_its_own() -> None:
+    with fastgemma.patched():
+        kinds = [type(forward(build(name))) for name in ("e2b", "12b")]
+    assert len(set(kinds)) == 2
+    for kind in kinds:
+        spec = pytree.tree_structure(kind(loss=torch.ones(())))
+        assert pytree.treespec_loads(pytree.treespec_dumps(spec)).type is kind
+        assert kind(logits=torch.ones(1))[0] == 1, "a tuple without a loss"
 
 
 def test_another_value_can_be_set(made: list[torch.Tensor]) -> None:
