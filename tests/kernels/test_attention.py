@@ -242,8 +242,8 @@ def test_some_gradients(wanted: str, device: torch.device, monkeypatch: pytest.M
     ]
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("parts", slow_after(1, [3, 1]))
+@pytest.mark.parametrize("window", slow_after(1, [20, None]))
 def test_either_order_of_programs_computes_the_same(
     window: int | None, parts: int, few_positions: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,9 +288,9 @@ def test_rows_are_shared_where_programs_are_few(monkeypatch: pytest.MonkeyPatch)
     assert parts(2048, 256, 512, 1, causal=False) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.float16, torch.float32]), ids=str)
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("seq_len", [1, 40, 130])
+@pytest.mark.parametrize("seq_len", slow_after(2, [1, 130, 40]))
 def test_what_is_compiled_ahead_is_what_is_launched(
     seq_len: int,
     parts: int,

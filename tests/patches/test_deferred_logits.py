@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import convert_to_fp32, send_to_device
 from kernel_checks import FLOAT32_BUDGET, relative_error
 from patch_state import counts
+from quick import slow_after
 from torch.utils import _pytree as pytree
 from transformers.models.gemma4.modeling_gemma4 import Gemma4CausalLMOutputWithPast
 
@@ -49,7 +50,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["e2b", "12b"])
-@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("softcap", slow_after(1, [30.0, None]))
 def test_a_loss_of_the_loss_and_the_logits(name: str, softcap: float | None, made: list[torch.Tensor]) -> None:
     model = build(name, final_logit_softcapping=softcap)
     results = []
@@ -88,7 +89,7 @@ def detached(outputs: Any) -> Any:
         return type(outputs)(loss=outputs.loss.detach(), logits=outputs.logits.detach())
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", slow_after(3, list(READERS)))
 def test_readers(reader: str, made: list[torch.Tensor]) -> None:
     model = build()
     expected = forward(model)
@@ -156,7 +157,7 @@ def test_where_they_cannot_be_made_later(case: str, monkeypatch: pytest.MonkeyPa
     assert outputs.logits is None and "logits" not in outputs and outputs.loss.requires_grad
 
 
-@pytest.mark.parametrize("what", ["hidden states", "output embedding"])
+@pytest.mark.parametrize("what", slow_after(1, ["hidden states", "output embedding"]))
 def test_overwritten(what: str) -> None:
     model = build()
     with fastgemma.patched():
