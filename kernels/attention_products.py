@@ -311,7 +311,7 @@ def _attention_products_kernel(
     KEY_STAGES: tl.constexpr,
 ):
     # Of the two kinds of programs the longer come first, and the others fill the places that they leave: with a launch
-    # each, a tenth of the time would pass in waiting for the last ones.
+    # each, multiprocessors would wait at the end of either for its last programs.
     program = tl.program_id(0)
     # Selected, not branched over: the compiler loses sight of what divides an index that comes out of branches.
     first_programs = slots * tl.where(q_first == 1, q_programs, key_programs)
