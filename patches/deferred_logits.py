@@ -55,9 +55,10 @@ class DeferredLogits:
         """The same, in float32 once they are made."""
         return self._followed_by(lambda logits: logits.float(), torch.float32)
 
-    def to(self, device: Any, **options: Any) -> DeferredLogits:
-        """The same, on a device once they are made."""
-        return self._followed_by(lambda logits: logits.to(device, **options), self.dtype)
+    def to(self, *args: Any, **options: Any) -> DeferredLogits:
+        """The same, on a device, or in a dtype, once they are made."""
+        dtype = next((x for x in (*args, options.get("dtype")) if isinstance(x, torch.dtype)), self.dtype)
+        return self._followed_by(lambda logits: logits.to(*args, **options), dtype)
 
     def tensor(self) -> torch.Tensor:
         """The logits, under the gradient mode and autocast of the forward that they belong to; made once.

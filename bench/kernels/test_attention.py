@@ -24,8 +24,7 @@ SHAPES = [
     for kv_heads in (1, 2)
     for head_dim, window in ((512, 0), (256, 512))
 ]
-
-
+# Of `test_attention_of_layers`.
 LAYERS = 10
 
 

@@ -124,6 +124,7 @@ def test_what_libraries_want_done_is_done(made: list[torch.Tensor]) -> None:
     with fastgemma.patched():
         outputs = forward(model)
     assert outputs.__dict__["logits"].dtype == torch.bfloat16
+    assert outputs.__dict__["logits"].to(dtype=torch.float16).to("cpu").dtype == torch.float16
     outputs = send_to_device(convert_to_fp32(outputs), "meta")
     assert not made and outputs.__dict__["logits"].dtype == torch.float32
     assert outputs.logits.dtype == torch.float32 and outputs.logits.device.type == "meta"
