@@ -232,8 +232,8 @@ def kernels(found: list[Record]) -> str:
     """Single operations against what the same card can do, and against what one would use instead."""
     chosen = [record for record in found if record.get("bench") == "kernels"]
 
-    def microseconds(record: Record | None) -> str:
-        return _number(None if record is None else 1000 * record["ms"], 1)
+    def microseconds(record: Record | None, of: str = "ms") -> str:
+        return _number(1000 * record[of] if record and of in record else None, 1)
 
     def body(group: list[Record]) -> str:
         by_operation: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
@@ -253,12 +253,13 @@ def kernels(found: list[Record]) -> str:
                     microseconds(own),
                     f"{_number(rate)} {unit}" if rate else "-",
                     f"{_number(own['pct_of_ceiling'])}%" if own.get("pct_of_ceiling") else "-",
+                    microseconds(own, "copy_ms"),
                     microseconds(stock),
                     *(microseconds(by_impl.get(impl)) for impl in ("compile", "liger", *peers)),
                     *(_number(record.get("host_us")) for record in (own, stock or {})),
                 ]
             )
-        head = ["Kernel", "**fastgemma** µs", "rate", "of ceiling", "stock µs", "torch.compile µs", "Liger µs"]
+        head = ["Kernel", "**fastgemma** µs", "rate", "of ceiling", "copy µs", "stock µs", "torch.compile µs", "Liger µs"]
         return _table([*head, *(f"{name} µs" for name in peers.values()), "host µs", "stock host µs"], rows)
 
     return _by_gpu(chosen, body)

@@ -57,6 +57,9 @@ def _rms_norm_fwd_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
 
     x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        # On its way while the squares are summed: what follows the sum waits for every warp of the program.
+        residual = tl.load(residual_ptr + rows[:, None] * residual_row_stride + cols[None, :], mask=mask, other=0.0)
     mean_square = tl.sum(x * x, axis=1) / n_cols
     rstd = 1.0 / tl.sqrt(mean_square + tl.cast(eps, tl.float32))
     if STORE_RSTD:
@@ -65,7 +68,6 @@ def _rms_norm_fwd_kernel(
     if HAS_WEIGHT:
         y = y * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + rows[:, None] * residual_row_stride + cols[None, :], mask=mask, other=0.0)
         y = y + residual.to(tl.float32)
     if HAS_SCALE:
         y = y * tl.load(scale_ptr).to(tl.float32)

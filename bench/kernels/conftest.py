@@ -66,15 +66,19 @@ class _Session:
 
     timer: GpuTimer | None
     environment: dict[str, Any]
-    ceilings: dict[Any, float]  # milliseconds by operation, shape and direction; "copy" in bytes per millisecond
+    ceilings: dict[Any, float]  # milliseconds by operation, shape and direction, or by the size of a copy
+
+    def copy_ms(self, num_bytes: int) -> float:
+        """Milliseconds of a kernel that reads half of the bytes and writes as many; clone's memcpy is slower."""
+        key = ("copy", num_bytes)
+        if key not in self.ceilings:
+            subject = Subject(lambda: (torch.ones(num_bytes // 4, dtype=torch.bfloat16, device="cuda"),), torch.neg)
+            self.ceilings[key] = 1.0 if self.timer is None else self.timer.median_ms(subject, "forward")
+        return self.ceilings[key]
 
     def copy_rate(self) -> float:
-        """Bytes per millisecond, read and written, of a kernel that reads and writes much; clone's memcpy is slower."""
-        if self.timer is not None and "copy" not in self.ceilings:
-            size = 1 << 30
-            subject = Subject(lambda: (torch.ones(size // 4, device="cuda"),), torch.neg)
-            self.ceilings["copy"] = 2 * size / self.timer.median_ms(subject, "forward")
-        return self.ceilings.get("copy", 1.0)
+        """Bytes per millisecond of a large copy."""
+        return (1 << 31) / self.copy_ms(1 << 31)
 
 
 @pytest.fixture(scope="session")
@@ -179,6 +183,8 @@ class Measure:
         best = self._ceiling_ms(ceiling, (op, tuple(shape), direction), num_bytes)
         if best is not None:
             record["pct_of_ceiling"] = round(100 * best / ms, 1)
+        if ceiling is None and num_bytes is not None:
+            record["copy_ms"] = round(self.session.copy_ms(num_bytes), 5)
         record |= self.session.environment | {"command": self.command}
         if impl == "liger":
             record["liger_kernel"] = records.package_version("liger-kernel")
