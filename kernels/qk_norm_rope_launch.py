@@ -27,6 +27,26 @@ def _store_pair(ptr, offsets, first, second, mask, HALF: tl.constexpr):
 
 
 @jit
+def _rows_of(seq_len, BLOCK_M: tl.constexpr):
+    """This program's rows [BLOCK_M], and as columns their batch entries and their positions in the sequence."""
+    # Divided in 32 bits: in 64 it is a call of a hundred instructions, which loads would wait for.
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch = (rows // seq_len)[:, None].to(tl.int64)
+    position = (rows % seq_len)[:, None].to(tl.int64)
+    return rows.to(tl.int64), batch, position
+
+
+@jit
+def _load_angles(cos_ptr, sin_ptr, offsets, turning, HALF: tl.constexpr):
+    """cos and sin of both halves of a tile of heads, in float32: 1 and 0 where nothing turns."""
+    c1 = tl.load(cos_ptr + offsets, mask=turning, other=1.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + offsets, mask=turning, other=0.0).to(tl.float32)
+    c2 = tl.load(cos_ptr + offsets + HALF, mask=turning, other=1.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + offsets + HALF, mask=turning, other=0.0).to(tl.float32)
+    return c1, s1, c2, s2
+
+
+@jit
 def _rstd(first, second, eps, HALF: tl.constexpr):
     mean_square = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF)
     return (1.0 / tl.sqrt(mean_square + tl.cast(eps, tl.float32)))[:, None]
@@ -69,10 +89,11 @@ def _qk_norm_rope_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, batch, position = _rows_of(seq_len, BLOCK_M)
     head = tl.program_id(1)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < n_rows)[:, None] & (cols < HALF)[None, :]
+    turning = (rows < n_rows)[:, None] & (cols < ROTARY_HALF)[None, :]
     if head < num_heads + num_kv_heads:
         is_query = head < num_heads
         local = tl.where(is_query, head, head - num_heads)
@@ -83,21 +104,19 @@ def _qk_norm_rope_fwd_kernel(
         out_ptr = q_out_ptr if is_query else k_out_ptr
         row_stride = tl.where(is_query, q_row_stride, k_row_stride)
         x1, x2 = _load_pair(x_ptr, rows[:, None] * row_stride + local * 2 * HALF + cols[None, :], mask, HALF)
+        # Everything is on its way before the sums of squares, which nothing overtakes.
+        angle = batch * cos_batch_stride + position * cos_row_stride + cols[None, :]
+        c1, s1, c2, s2 = _load_angles(cos_ptr, sin_ptr, angle, turning, HALF)
         rstd = _rstd(x1, x2, eps, HALF)
         if V_FROM_K:  # noqa: SIM102 - a compile-time branch around a run-time one
             if head >= num_heads:
                 v_out = (rows[:, None] * num_kv_heads + local) * (2 * HALF) + cols[None, :]
                 _store_pair(v_out_ptr, v_out, x1 * rstd, x2 * rstd, mask, HALF)
+        # Not as a tile, which here would push loads of angles behind the sums of squares.
         w1 = tl.load(weight_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
         w2 = tl.load(weight_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
         n1 = x1 * rstd * w1
         n2 = x2 * rstd * w2
-        turning = (rows < n_rows)[:, None] & (cols < ROTARY_HALF)[None, :]
-        angle = (rows // seq_len)[:, None] * cos_batch_stride + (rows % seq_len)[:, None] * cos_row_stride
-        c1 = tl.load(cos_ptr + angle + cols[None, :], mask=turning, other=1.0).to(tl.float32)
-        s1 = tl.load(sin_ptr + angle + cols[None, :], mask=turning, other=0.0).to(tl.float32)
-        c2 = tl.load(cos_ptr + angle + HALF + cols[None, :], mask=turning, other=1.0).to(tl.float32)
-        s2 = tl.load(sin_ptr + angle + HALF + cols[None, :], mask=turning, other=0.0).to(tl.float32)
         out = (rows[:, None] * heads + local) * (2 * HALF) + cols[None, :]
         _store_pair(out_ptr, out, n1 * c1 - n2 * s1, n2 * c2 + n1 * s2, mask, HALF)
     else:
@@ -153,12 +172,11 @@ def _qk_norm_rope_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, batch, position = _rows_of(seq_len, BLOCK_M)
     head = tl.program_id(1)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < n_rows)[:, None] & (cols < HALF)[None, :]
-    batch = (rows // seq_len)[:, None]
-    position = (rows % seq_len)[:, None]
+    turning = (rows < n_rows)[:, None] & (cols < ROTARY_HALF)[None, :]
     if head < num_heads + num_kv_heads:
         is_query = head < num_heads
         local = tl.where(is_query, head, head - num_heads)
@@ -173,23 +191,19 @@ def _qk_norm_rope_bwd_kernel(
         dy_head_stride = tl.where(is_query, dq_out_head_stride, dk_out_head_stride)
 
         x1, x2 = _load_pair(x_ptr, rows[:, None] * row_stride + local * 2 * HALF + cols[None, :], mask, HALF)
-        rstd = _rstd(x1, x2, eps, HALF)
         dy = batch * dy_batch_stride + position * dy_row_stride + local * dy_head_stride + cols[None, :]
         g1, g2 = _load_pair(dy_ptr, dy, mask, HALF)
-        turning = (rows < n_rows)[:, None] & (cols < ROTARY_HALF)[None, :]
-        angle = batch * cos_batch_stride + position * cos_row_stride
-        c1 = tl.load(cos_ptr + angle + cols[None, :], mask=turning, other=1.0).to(tl.float32)
-        s1 = tl.load(sin_ptr + angle + cols[None, :], mask=turning, other=0.0).to(tl.float32)
-        c2 = tl.load(cos_ptr + angle + HALF + cols[None, :], mask=turning, other=1.0).to(tl.float32)
-        s2 = tl.load(sin_ptr + angle + HALF + cols[None, :], mask=turning, other=0.0).to(tl.float32)
+        angle = batch * cos_batch_stride + position * cos_row_stride + cols[None, :]
+        c1, s1, c2, s2 = _load_angles(cos_ptr, sin_ptr, angle, turning, HALF)
+        rstd = _rstd(x1, x2, eps, HALF)
         dn1 = g1 * c1 + g2 * s2
         dn2 = g2 * c2 - g1 * s1
         if NEEDS_DWEIGHT:
             partial = (tl.program_id(0) * (num_heads + num_kv_heads) + head).to(tl.int64) * (2 * HALF) + cols
             tl.store(dweight_ptr + partial, tl.sum(dn1 * x1 * rstd, axis=0), mask=cols < HALF)
             tl.store(dweight_ptr + partial + HALF, tl.sum(dn2 * x2 * rstd, axis=0), mask=cols < HALF)
-        w1 = tl.load(weight_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
-        w2 = tl.load(weight_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
+        # As a tile: a row of weights would pass through shared memory to reach the tile's threads.
+        w1, w2 = _load_pair(weight_ptr, tl.zeros_like(rows)[:, None] + cols[None, :], mask, HALF)
         dx1, dx2 = _norm_bwd(dn1 * w1, dn2 * w2, x1, x2, rstd, HALF)
         if V_FROM_K:  # noqa: SIM102 - a compile-time branch around a run-time one
             if head >= num_heads:
