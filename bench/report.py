@@ -259,7 +259,16 @@ def kernels(found: list[Record]) -> str:
                     *(_number(record.get("host_us")) for record in (own, stock or {})),
                 ]
             )
-        head = ["Kernel", "**fastgemma** µs", "rate", "of ceiling", "copy µs", "stock µs", "torch.compile µs", "Liger µs"]
+        head = [
+            "Kernel",
+            "**fastgemma** µs",
+            "rate",
+            "of ceiling",
+            "copy µs",
+            "stock µs",
+            "torch.compile µs",
+            "Liger µs",
+        ]
         return _table([*head, *(f"{name} µs" for name in peers.values()), "host µs", "stock host µs"], rows)
 
     return _by_gpu(chosen, body)
