@@ -11,7 +11,7 @@ TEST_ENV := .venv/test
 DEMO_ENV := .venv/demo
 # Without an NVIDIA driver the CPU build of torch will do, and spares gigabytes.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
-TRANSFORMERS := 5.15.0 5.17.0 5.20.0
+TRANSFORMERS := 5.15.0 5.17.0 5.20.0 5.23.0
 OLDEST := transformers==5.15.0 peft==0.21.0 trl==1.15.0 bitsandbytes==0.50.0
 TRITONS := 3.4.0 3.5.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 PYTEST := OMP_NUM_THREADS=1 $(TEST_ENV)/bin/python -m pytest

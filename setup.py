@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",
-        "transformers>=5.15,<5.24",
+        "transformers>=5.15,<5.25",
         "peft>=0.21",
         "psutil>=5.9",
         "rich>=13",

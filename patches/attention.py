@@ -16,7 +16,7 @@ from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals
 from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
-from fastgemma.patches import projections
+from fastgemma.patches import caches, projections
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, is_stock, plain, unusable
 from fastgemma.patches.interval_masks import IntervalMask, takes_intervals
@@ -102,7 +102,7 @@ def attend(
     value: torch.Tensor | None,
     attention_mask: torch.Tensor | IntervalMask | None,
     shared_kv_states: Any,
-    past_key_values: Any,
+    cache: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over normed and rotated [batch, heads, seq_len, head_dim], caches and sharing included.
@@ -115,8 +115,8 @@ def attend(
     if attention.is_kv_shared_layer:
         key, value = shared_kv_states[attention.layer_type]
         key, value = key.to(query.device), value.to(query.device)
-    elif past_key_values is not None:
-        key, value = past_key_values.update(key, value, attention.layer_idx)
+    elif cache is not None:
+        key, value = caches.update(cache, key, value, attention.layer_idx, kwargs)
     if attention.store_full_length_kv:
         shared_kv_states[attention.layer_type] = key, value
     if isinstance(attention_mask, IntervalMask):
@@ -202,18 +202,18 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         shared_kv_states: Any,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if cache is None:
+            cache, kwargs = caches.cache_of(kwargs), caches.without_cache(kwargs)
         if not (rope.active or lora.active or over_intervals.active):
-            return original(
-                self, hidden_states, position_embeddings, attention_mask, shared_kv_states, past_key_values, **kwargs
-            )
+            return original(self, hidden_states, position_embeddings, attention_mask, shared_kv_states, cache, **kwargs)
         q, k, v, *_ = [*project(qkv_layers(self), hidden_states), None, None]
         query, key, value = norm_and_rotate(self, q, k, v, *position_embeddings)
         eager = module.eager_attention_forward
         output, weights = attend(
-            over_intervals, eager, self, query, key, value, attention_mask, shared_kv_states, past_key_values, **kwargs
+            over_intervals, eager, self, query, key, value, attention_mask, shared_kv_states, cache, **kwargs
         )
         return project([self.o_proj], output)[0], weights
 

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastgemma.patches import whole_layer
 from fastgemma.patches.attention import attend
+from fastgemma.patches.caches import CACHE, cache_of, without_cache
 from fastgemma.patches.engine import Engine, Op, PatchError
 from fastgemma.patches.layer_calls import LayerCall, note_of, takes_notes
 from fastgemma.patches.mlp import gate_times_up, project_one
@@ -22,7 +23,8 @@ from fastgemma.patches.projections import Unsupported
 
 def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a layer with those that the attention's signature requires or defaults."""
-    return {"attention_mask": None, "shared_kv_states": None, "past_key_values": None, **kwargs}
+    defaults = {"attention_mask": None, "shared_kv_states": None}
+    return {**defaults, **without_cache(kwargs), "cache": cache_of(kwargs)}
 
 
 def _check_generation(engine: Engine, generation: int, grad: torch.Tensor) -> None:
@@ -113,7 +115,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             if takes_per_layer_input:
                 per_layer_input = args[0] if args else kwargs.pop("per_layer_input", None)
                 args = args[1:]
-            names = ("shared_kv_states", "position_embeddings", "attention_mask", "position_ids", "past_key_values")
+            names = ("shared_kv_states", "position_embeddings", "attention_mask", "position_ids", CACHE)
             kwargs.update(zip(names, args))
 
             if norms.active and activation.active and lora.active and rope.active:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from fastgemma.patches.caches import CACHE, cache_of
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.families import is_gemma4
 from fastgemma.patches.interval_masks import IntervalMasks
@@ -94,7 +95,7 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     embeds = given.get("inputs_embeds")
     reference = embeds if embeds is not None else given.get("input_ids")
-    if not model.training or position_ids is None or reference is None or given.get("past_key_values") is not None:
+    if not model.training or position_ids is None or reference is None or cache_of(given) is not None:
         return None
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         return None
@@ -111,7 +112,7 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
         # Only its shape, dtype and device are read.
         "inputs_embeds": torch.empty((*reference.shape[:2], 0), dtype=model.dtype, device=reference.device),
         "attention_mask": mask,
-        "past_key_values": None,
+        CACHE: None,
         "position_ids": position_ids,
         "and_mask_function": masking_utils.packed_sequence_mask_function(documents),
     }

@@ -20,6 +20,7 @@ from fastgemma.kernels.attention_backward import sums_of
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import why_efficient_attention
+from fastgemma.patches.caches import CACHE, cache_of
 from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.guards import is_transformers
 from fastgemma.patches.host_copies import host_copy
@@ -179,7 +180,7 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
         problem = attention_problem(device, _dtype(model))
         if problem is not None:
             raise Unsupported(problem)
-    if given.get("past_key_values") is not None:
+    if cache_of(given) is not None:
         raise Unsupported("a key/value cache")
     config = model.config.get_text_config()
     implementation = config._attn_implementation
@@ -239,6 +240,17 @@ def _padding(mask: Any, batch: int, seq_len: int, implementation: str = "sdpa") 
     return mask
 
 
+def _makes_cache(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether stock makes a key/value cache of its own: text models do, unless they are told not to or checkpointed."""
+    use_cache = given.get("use_cache")
+    use_cache = model.config.get_text_config().use_cache if use_cache is None else use_cache
+    if not use_cache or hasattr(model, "language_model"):
+        return False
+    checkpointed = getattr(model, "gradient_checkpointing", False) and model.training
+    # Before 5.24 transformers did not ask whether there is something to checkpoint for.
+    return not checkpointed or (CACHE == "cache" and not torch.is_grad_enabled())
+
+
 def _documents(
     model: Any, given: Mapping[str, Any], batch: int, keep_apart: bool, on_host: bool
 ) -> torch.Tensor | None:
@@ -255,10 +267,7 @@ def _documents(
         return None
     if position_ids.dim() != 2:
         raise Unsupported("position_ids that are no matrix")
-    use_cache = given.get("use_cache")
-    use_cache = model.config.get_text_config().use_cache if use_cache is None else use_cache
-    makes_cache = use_cache and not hasattr(model, "language_model")
-    stock_finds_them = given.get("attention_mask") is None and not makes_cache
+    stock_finds_them = given.get("attention_mask") is None and not _makes_cache(model, given)
     keep_apart = keep_apart and model.training and given.get("mm_token_type_ids") is None
     if not stock_finds_them and not keep_apart:
         return None

@@ -44,7 +44,8 @@ def _output_class(model: nn.Module) -> type:
     return next(
         value
         for name, value in vars(module).items()
-        if name.endswith("CausalLMOutputWithPast") and isinstance(value, type) and dataclasses.is_dataclass(value)
+        # Its own: it imports what that derives from, of a similar name.
+        if name.endswith("CausalLMOutputWithPast") and getattr(value, "__module__", None) == module.__name__
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastgemma.patches import fixes, host_copies, per_layer_embeddings, per_layer_inputs
 from fastgemma.patches.attention import make_attention
+from fastgemma.patches.caches import CACHE
 from fastgemma.patches.decoder_layer import make_decoder_layer
 from fastgemma.patches.engine import Engine, Row
 from fastgemma.patches.families import FAMILIES
@@ -28,7 +29,7 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             module,
             f"{prefix}TextAttention.forward",
             make_attention,
-            ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states", "past_key_values"),
+            ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states", CACHE),
         ),
         Row(
             (*PARTS, "attention"),
@@ -47,14 +48,14 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             module,
             f"{prefix}TextModel.forward",
             fixes.make_model_forward,
-            ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"),
+            ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds"),
         ),
         Row(
             ("fixes", "attention"),
             module,
             f"{prefix}Model.forward",
             fixes.make_model_forward,
-            ("input_ids", "attention_mask", "position_ids", "past_key_values", "mm_token_type_ids"),
+            ("input_ids", "attention_mask", "position_ids", CACHE, "mm_token_type_ids"),
         ),
         Row(
             ("checkpointing",),

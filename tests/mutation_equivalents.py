@@ -87,6 +87,16 @@ EQUIVALENT: dict[Change, str] = {
             NAN,
         ),
         (
+            "_qk_norm_rope_fwd_kernel",
+            "w2 = tl.load(weight_ptr + HALF + cols, mask=cols < HALF, other={0.0}).to(tl.float32)[None, :]",
+            NAN,
+        ),
+        (
+            "_qk_norm_rope_fwd_kernel",
+            "w1 = tl.load(weight_ptr + cols, mask={cols < HALF}, other=0.0).to(tl.float32)[None, :]",
+            "(cols <= HALF)",  # the other half's first weight
+        ),
+        (
             "_attention_delta_kernel",
             "dout = tl.load(dout_ptr + rows[:, None] * HEAD_DIM + dims, mask=mask, other={0.0}).to(tl.float32)",
             NAN,

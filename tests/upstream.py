@@ -1,6 +1,6 @@
 """transformers' own tests of its models, on a tiny Gemma 4, with stock code and patched.
 
-    python tests/upstream.py transformers-5.23.0.tar.gz [--structure e2b] [--only checkpointing]
+    python tests/upstream.py transformers-5.24.0.tar.gz [--structure e2b] [--only checkpointing]
 
 transformers' source distribution carries the tests that all models share, `tests/test_modeling_common.py`, though not
 the files of Gemma 4, which derive from it. `make test-upstream` downloads that of the installed version. Each test runs

@@ -244,6 +244,22 @@ def test_documents_are_those_that_stock_finds(use_cache: bool | None, masked: bo
             assert relative_error(ours, apart) <= FLOAT32_BUDGET
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_documents_are_those_that_a_checkpointed_stock_finds(grad: bool) -> None:
+    """Checkpointed, a text model makes no cache in training, and looks for documents; how is a matter of releases."""
+    model = structures.build("e2b").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    packed = structures.batch("packing")
+    inputs = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"]}
+    with torch.set_grad_enabled(grad):
+        stock = model(**inputs).logits
+        before = counts()
+        with fastgemma.patched(**ATTENTION):
+            ours = model(**inputs).logits
+    assert relative_error(ours, stock) <= FLOAT32_BUDGET
+    assert counts()[0] > before[0]
+
+
 def test_another_s_attention_under_transformers_name_is_not_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
     interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     original = interface["sdpa"]

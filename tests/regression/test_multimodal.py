@@ -217,7 +217,9 @@ def test_features_made_beforehand(device: torch.device) -> None:
         out = model(**batch, mm_encoder_outputs=made)
         out.loss.backward()
         grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-        return {"loss": out.loss.detach(), "image": out.image_hidden_states.detach(), **grads}
+        images = out.image_hidden_states  # from 5.24 on as they were handed in, each image by itself
+        images = torch.cat(images) if isinstance(images, tuple) else images
+        return {"loss": out.loss.detach(), "image": images.detach(), **grads}
 
     stock = features()
     with fastgemma.patched():
