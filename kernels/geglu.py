@@ -28,14 +28,6 @@ def _tanh(x):
 
 
 @jit
-def _place(n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's rows as a column, and its columns as a row; neighbours take the tiles of the same rows."""
-    tiles = tl.cdiv(n_cols, BLOCK_N)
-    rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    return rows, tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-
-
-@jit
 def _gelu_and_grad(g):
     """gelu(g) and its derivative."""
     square = g * g
@@ -61,7 +53,8 @@ def _geglu_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, cols = _place(n_cols, BLOCK_M, BLOCK_N)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
     gate = tl.load(gate_ptr + rows * gate_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * up_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -92,7 +85,10 @@ def _geglu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, cols = _place(n_cols, BLOCK_M, BLOCK_N)
+    # Neighbours take the tiles of one row, where the forward's walk down the rows: each was faster that way.
+    tiles = tl.cdiv(n_cols, BLOCK_N)
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
     dh = tl.load(dh_ptr + rows * dh_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * gate_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -107,10 +103,10 @@ def _geglu_bwd_kernel(
         tl.store(h_ptr + rows * h_row_stride + cols, (gelu * up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-def _tiles(gate: torch.Tensor) -> tuple[Launch, tuple[int]]:
+def _tiles(gate: torch.Tensor) -> tuple[Launch, tuple[int, int]]:
     n_rows, n_cols = gate.shape
     config = launch("geglu", str(n_cols), gate.device)
-    return config, (cdiv(n_rows, config.blocks["BLOCK_M"]) * cdiv(n_cols, config.blocks["BLOCK_N"]),)
+    return config, (cdiv(n_rows, config.blocks["BLOCK_M"]), cdiv(n_cols, config.blocks["BLOCK_N"]))
 
 
 def geglu_fwd(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,8 +156,8 @@ def geglu_bwd(
         return
     if gate.numel() == 0:
         return
-    config, grid = _tiles(gate)
-    _geglu_bwd_kernel[grid](
+    config, (rows, columns) = _tiles(gate)
+    _geglu_bwd_kernel[(rows * columns,)](
         dh_ptr=dh,
         gate_ptr=gate,
         up_ptr=up,

@@ -30,9 +30,9 @@ def test_dequantize_nf4(measure, shape, impl):
     def make() -> tuple[Any]:
         def quantise(linear: tuple[int, int]) -> Any:
             dense = torch.randn(linear, dtype=torch.bfloat16, device=measure.device)
-            return quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            return quantised(lambda: quantize_4bit(dense, quant_type="nf4", compress_statistics=True))
 
-        theirs = [quantised(lambda stack=stack: [quantise(linear) for linear in stack]) for stack in stacks]
+        theirs = [[quantise(linear) for linear in stack] for stack in stacks]
         if impl == "bitsandbytes":
             return ([weight for stack in theirs for weight in stack],)
         return ([[nf4_weight(*weight) for weight in stack] for stack in theirs],)
