@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,17 @@ class _Session:
     environment: dict[str, Any]
     ceilings: dict[Any, float]  # milliseconds by operation, shape and direction, or by the size of a copy
 
-    def copy_ms(self, num_bytes: int) -> float:
-        """Milliseconds of a kernel that reads half of the bytes and writes as many; clone's memcpy is slower."""
+    def copy_ms(self, *num_bytes: int) -> float:
+        """Milliseconds of a kernel for each number that reads half of so many bytes and writes as many.
+
+        clone's memcpy is slower.
+        """
         key = ("copy", num_bytes)
         if key not in self.ceilings:
-            subject = Subject(lambda: (torch.ones(num_bytes // 4, dtype=torch.bfloat16, device="cuda"),), torch.neg)
+            subject = Subject(
+                lambda: [torch.ones(size // 4, dtype=torch.bfloat16, device="cuda") for size in num_bytes],
+                lambda *inputs: [torch.neg(x) for x in inputs],
+            )
             self.ceilings[key] = 1.0 if self.timer is None else self.timer.median_ms(subject, "forward")
         return self.ceilings[key]
 
@@ -145,7 +151,7 @@ class Measure:
         direction: str,
         reference: Callable[..., Any] | None,
         dtype: str = "bfloat16",
-        num_bytes: int | None = None,
+        num_bytes: int | Sequence[int] | None = None,
         flops: int | None = None,
         ceiling: Subject | None = None,
         host: bool | None = None,
@@ -156,7 +162,8 @@ class Measure:
             subject: the implementation.
             op, impl, shape, direction, dtype: the record's identity; `shape` starts with the rows.
             reference: what the results of the same inputs must be; None for a ceiling, which computes less.
-            num_bytes, flops: what the operation must move or compute, whoever computes it.
+            num_bytes, flops: what the operation must move or compute, whoever computes it; the bytes of each launch
+                where it takes several.
             ceiling: what bounds the time. None: a copy of `num_bytes` at the rate of a large one, if they are given.
             host: whether to measure the host's time (default: up to 2048 rows).
         """
@@ -176,15 +183,17 @@ class Measure:
             if shape[0] <= HOST_ROWS if host is None else host:
                 record["host_us"] = round(kernel_timing.host_us(timed.call), 1)
         record["ms"] = round(ms, 5)
-        if num_bytes is not None:
-            record["gbps"] = round(num_bytes / ms / 1e6, 1)
+        launches = [num_bytes] if isinstance(num_bytes, int) else num_bytes
+        moved = None if launches is None else sum(launches)
+        if moved is not None:
+            record["gbps"] = round(moved / ms / 1e6, 1)
         if flops is not None:
             record["tflops"] = round(flops / ms / 1e9, 2)
-        best = self._ceiling_ms(ceiling, (op, tuple(shape), direction), num_bytes)
+        best = self._ceiling_ms(ceiling, (op, tuple(shape), direction), moved)
         if best is not None:
             record["pct_of_ceiling"] = round(100 * best / ms, 1)
-        if ceiling is None and num_bytes is not None:
-            record["copy_ms"] = round(self.session.copy_ms(num_bytes), 5)
+        if ceiling is None and launches is not None:
+            record["copy_ms"] = round(self.session.copy_ms(*launches), 5)
         record |= self.session.environment | {"command": self.command}
         if impl == "liger":
             record["liger_kernel"] = records.package_version("liger-kernel")

@@ -25,7 +25,7 @@ def test_dequantize_nf4(measure, shape, impl):
     hidden, inner, queries, keys = shape
     attention = [(queries, hidden), *[(keys, hidden)] * (2 if keys else 0)]
     stacks = [attention, [(hidden, queries)], [(inner, hidden)] * 2, [(hidden, inner)]]
-    weights = sum(rows * columns for stack in stacks for rows, columns in stack)
+    weights = [sum(rows * columns for rows, columns in stack) for stack in stacks]
 
     def make() -> tuple[Any]:
         def quantise(linear: tuple[int, int]) -> Any:
@@ -56,6 +56,6 @@ def test_dequantize_nf4(measure, shape, impl):
         direction="forward",
         reference=reference,
         # Codes, one byte of scale per block of 64, and what is written.
-        num_bytes=weights // 2 + weights // 64 + 2 * weights,
+        num_bytes=[count // 2 + count // 64 + 2 * count for count in weights],
         host=True,
     )
