@@ -103,6 +103,7 @@ def attend(
     attention_mask: torch.Tensor | IntervalMask | None,
     shared_kv_states: Any,
     cache: Any,
+    /,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over normed and rotated [batch, heads, seq_len, head_dim], caches and sharing included.
@@ -202,11 +203,12 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         shared_kv_states: Any,
-        cache: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if cache is None:
-            cache, kwargs = caches.cache_of(kwargs), caches.without_cache(kwargs)
+        if args:
+            (kwargs[caches.CACHE],) = args
+        cache, kwargs = caches.cache_of(kwargs), caches.without_cache(kwargs)
         if not (rope.active or lora.active or over_intervals.active):
             return original(self, hidden_states, position_embeddings, attention_mask, shared_kv_states, cache, **kwargs)
         q, k, v, *_ = [*project(qkv_layers(self), hidden_states), None, None]

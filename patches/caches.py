@@ -1,5 +1,5 @@
 """What transformers call a key/value cache: `cache` from 5.24 on, which take the old name too, and before it
-`past_key_values`."""
+`past_key_values`; there `cache` is what continuous batching hands to its own attention, beside it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_causal_mask
 
-_NAMES = ("cache", "past_key_values")
-# What this release's own code hands on.
-CACHE = next(name for name in _NAMES if name in inspect.signature(create_causal_mask).parameters)
+RENAMED = "cache" in inspect.signature(create_causal_mask).parameters
+# What this release's own code hands on, and what it takes: the first of them counts.
+CACHE = "cache" if RENAMED else "past_key_values"
+_TAKEN = dict.fromkeys((CACHE, "past_key_values"))
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache among keyword arguments, by either name; or None."""
-    return next((given[name] for name in _NAMES if given.get(name) is not None), None)
+    """The cache among keyword arguments, or None."""
+    return next((given[name] for name in _TAKEN if name in given), None)
 
 
 def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments but for a cache."""
-    return {name: value for name, value in given.items() if name not in _NAMES}
+    """Keyword arguments but for the cache."""
+    return {name: value for name, value in given.items() if name not in _TAKEN}
 
 
 def update(
@@ -32,4 +33,4 @@ def update(
 
     `kwargs`: what the attention was called with beside them; the cache of continuous batching reads them.
     """
-    return cache.update(key, value, layer, **({"kwargs": kwargs} if CACHE == "cache" else {}))
+    return cache.update(key, value, layer, **({"kwargs": kwargs} if RENAMED else {}))

@@ -20,11 +20,8 @@ from fastgemma.patches.mlp import gate_times_up, project_one
 from fastgemma.patches.norms import add_normed
 from fastgemma.patches.projections import Unsupported
 
-
-def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a layer with those that the attention's signature requires or defaults."""
-    defaults = {"attention_mask": None, "shared_kv_states": None}
-    return {**defaults, **without_cache(kwargs), "cache": cache_of(kwargs)}
+# What a layer hands to its attention whether it was given it or not.
+_DEFAULTS = {"attention_mask": None, "shared_kv_states": None, "position_ids": None}
 
 
 def _check_generation(engine: Engine, generation: int, grad: torch.Tensor) -> None:
@@ -61,9 +58,9 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
                 return None  # the part that is to blame counts it
             residual, q, k, v = whole_layer.before_attention(before, hidden_states, *angles)
             whole_layer.count_before(ops)
-            attended, _ = attend(
-                ops["attention"], module.eager_attention_forward, layer.self_attn, q, k, v, **_defaults(rest)
-            )
+            mask, shared = rest.pop("attention_mask"), rest.pop("shared_kv_states")
+            how = ops["attention"], module.eager_attention_forward, layer.self_attn
+            attended, _ = attend(*how, q, k, v, mask, shared, cache_of(rest), **without_cache(rest))
             try:
                 if attended.dtype != residual.dtype:
                     raise Unsupported("another dtype")
@@ -116,7 +113,7 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
                 per_layer_input = args[0] if args else kwargs.pop("per_layer_input", None)
                 args = args[1:]
             names = ("shared_kv_states", "position_embeddings", "attention_mask", "position_ids", CACHE)
-            kwargs.update(zip(names, args))
+            kwargs = {**_DEFAULTS, **kwargs, **dict(zip(names, args))}
 
             if norms.active and activation.active and lora.active and rope.active:
                 whole = in_two_operations(self, hidden_states, per_layer_input, kwargs, call)

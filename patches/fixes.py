@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 from torch.utils.checkpoint import checkpoint
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastgemma.patches.caches import CACHE, cache_of
@@ -30,6 +31,13 @@ _UNDER_ZERO3 = (
     "CheckpointError, use ZeRO-2 or train without checkpointing."
 )
 
+# What every way of switching it on leads through: since 5.24 transformers have two, which may call each other.
+CHECKPOINTING_ENABLE = next(
+    name
+    for name in ("_activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(PreTrainedModel, name)
+)
+
 _TOWERS = r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\b.*"
 
 
@@ -40,22 +48,28 @@ def _shares_kv(model: Any) -> bool:
 def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     """Reentrant checkpointing cuts the gradient that consumers of shared keys and values owe to their producers."""
     op = ops["checkpointing"]
+    name = list(inspect.signature(original).parameters)[1]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+    def checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get(name)
         # transformers takes None as non-reentrant, but passes an empty dict through to torch, whose default is
         # reentrant.
-        if op.active and gradient_checkpointing_kwargs is not None and _shares_kv(self):
-            if gradient_checkpointing_kwargs.get("use_reentrant", True):
+        if op.active and given is not None and _shares_kv(self):
+            if given.get("use_reentrant", True):
                 op.fast()
                 logger.warning(
                     "fastgemma: reentrant gradient checkpointing loses the gradients of shared keys and values on "
                     "this model; using use_reentrant=False, which is exact.%s",
                     _UNDER_ZERO3 if is_deepspeed_zero3_enabled() else "",
                 )
-            gradient_checkpointing_kwargs = {**gradient_checkpointing_kwargs, "use_reentrant": False}
-        return original(self, gradient_checkpointing_kwargs, **kwargs)
+            given = {**given, "use_reentrant": False}
+            if args:
+                args = (given, *args[1:])
+            else:
+                kwargs[name] = given
+        return original(self, *args, **kwargs)
 
-    return gradient_checkpointing_enable
+    return checkpointing_enable
 
 
 def _is_reentrant(layer: nn.Module) -> bool:
@@ -113,7 +127,8 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
         "inputs_embeds": torch.empty((*reference.shape[:2], 0), dtype=model.dtype, device=reference.device),
         "attention_mask": mask,
         CACHE: None,
-        "position_ids": position_ids,
+        # From 5.23 on masks that find documents themselves call others by positions in them, not by indices.
+        "position_ids": None,
         "and_mask_function": masking_utils.packed_sequence_mask_function(documents),
     }
     return {

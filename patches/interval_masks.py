@@ -20,7 +20,7 @@ from fastgemma.kernels.attention_backward import sums_of
 from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import why_efficient_attention
-from fastgemma.patches.caches import CACHE, cache_of
+from fastgemma.patches.caches import RENAMED, cache_of
 from fastgemma.patches.families import FAMILIES
 from fastgemma.patches.guards import is_transformers
 from fastgemma.patches.host_copies import host_copy
@@ -248,7 +248,7 @@ def _makes_cache(model: Any, given: Mapping[str, Any]) -> bool:
         return False
     checkpointed = getattr(model, "gradient_checkpointing", False) and model.training
     # Before 5.24 transformers did not ask whether there is something to checkpoint for.
-    return not checkpointed or (CACHE == "cache" and not torch.is_grad_enabled())
+    return not checkpointed or (RENAMED and not torch.is_grad_enabled())
 
 
 def _documents(

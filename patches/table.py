@@ -60,9 +60,8 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
         Row(
             ("checkpointing",),
             module,
-            f"{prefix}PreTrainedModel.gradient_checkpointing_enable",
+            f"{prefix}PreTrainedModel.{fixes.CHECKPOINTING_ENABLE}",
             fixes.make_checkpointing_enable,
-            ("gradient_checkpointing_kwargs",),
         ),
     ]
 

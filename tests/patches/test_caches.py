@@ -54,6 +54,27 @@ def test_it_is_filled_as_by_stock(structure: str, name: str, features: dict[str,
     assert relative_error(logits, expected) <= FLOAT32_BUDGET
 
 
+@pytest.mark.parametrize("features", [WHOLE, PARTS], ids=["whole", "parts"])
+def test_a_layer_s_own_call(features: dict[str, Any]) -> None:
+    """With no more than it needs."""
+    model = structures.build("12b").eval()
+    layer, config = model.model.layers[0], model.config.get_text_config()
+    hidden_states = torch.randn(1, 5, config.hidden_size)
+    angles = model.model.rotary_emb(hidden_states, torch.arange(5)[None], config.layer_types[0])
+
+    def run() -> tuple[torch.Tensor, list[Any]]:
+        cache = Recording(config=config)
+        with torch.no_grad():
+            out = layer(hidden_states, shared_kv_states={}, position_embeddings=angles, **{caches.CACHE: cache})
+        return out, cache.updates
+
+    expected, updates = run()
+    with fastgemma.patched(**features):
+        output, ours = run()
+    assert ours == updates and len(updates) == 1
+    assert relative_error(output, expected) <= FLOAT32_BUDGET
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_attention_s_own_call(by_name: bool) -> None:
     """By the old name, or as the last positional argument."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 # Reentrant checkpointing
 
+SWITCHES = [
+    name
+    for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable")
+    if hasattr(transformers.PreTrainedModel, name)
+]
+
 
 def wrong(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> set[str]:
     """Names of the gradients that are missing or off."""
@@ -52,19 +59,23 @@ def wrong(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
+@pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": True}])
-def test_reentrant_checkpointing_becomes_exact(kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_reentrant_checkpointing_becomes_exact(
+    kwargs: dict[str, Any], switch: str, caplog: pytest.LogCaptureFixture
+) -> None:
     truth = gradients(structures.build("e2b"))
     stock = structures.build("e2b")
-    stock.gradient_checkpointing_enable(dict(kwargs))
+    getattr(stock, switch)(dict(kwargs))
     lost = wrong(gradients(stock), truth)
     assert any("k_proj" in name for name in lost) and any("v_proj" in name for name in lost)
 
     model = structures.build("e2b")
     with fastgemma.patched(**CHECKPOINTING):
-        with caplog.at_level(logging.WARNING, "fastgemma"):
-            model.gradient_checkpointing_enable(given := dict(kwargs))
+        with caplog.at_level(logging.WARNING, "fastgemma"), warnings.catch_warnings(record=True) as warned:
+            getattr(model, switch)(given := dict(kwargs))
         assert given == kwargs, "the caller's dict was written"
+        assert not warned or switch != SWITCHES[-1], "calls another by a name that is deprecated"
         assert model.is_gradient_checkpointing
         assert not wrong(gradients(model), truth)
     (record,) = caplog.records

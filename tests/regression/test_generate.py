@@ -9,6 +9,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, STOCK_L2_FACTOR, gpu, relative_error
 from quick import slow_after
+from transformers import GenerationConfig
 
 import fastgemma
 
@@ -35,6 +36,25 @@ def test_same_tokens_as_stock(name, cache_implementation, device):
         patched = model.generate(**left_padded(device), **options)
     assert fastgemma.status()["rope"].fast_calls > before
     assert torch.equal(patched, stock)
+
+
+@pytest.mark.slow
+def test_continuous_batching():
+    """Its cache reaches the attention by another way; it takes heads of one size."""
+    heads = {"head_dim": 32, "global_head_dim": 32, "num_global_key_value_heads": 4, "attention_k_eq_v": False}
+    model = structures.build("31b", attn_implementation="sdpa", **heads).eval()
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def generated():
+        results = model.generate_batch([[5, 6, 7, 8, 9, 10], [7, 8, 9]], settings, progress_bar=False)
+        assert len(results) == 2 and not any(result.error for result in results.values())
+        return sorted(result.generated_tokens for result in results.values())
+
+    stock = generated()
+    before = fastgemma.status()["rope"].fast_calls
+    with fastgemma.patched():
+        assert generated() == stock
+    assert fastgemma.status()["rope"].fast_calls > before
 
 
 @pytest.mark.parametrize(
