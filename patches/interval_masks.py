@@ -95,7 +95,8 @@ class IntervalMasks:
 
         Args:
             given: the keyword arguments of a text or multimodal model's forward.
-            keep_apart: in training, packed documents do not see each other even where stock would let them.
+            keep_apart: in training, packed documents do not see each other even where stock would let them; an image in
+                packed rows is that of its own document in evaluation too.
 
         Raises:
             Unsupported: intervals do not say what stock would attend to, or attention cannot run on them.
