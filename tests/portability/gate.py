@@ -43,6 +43,7 @@ SPILLS = {
     # A few registers, in some versions of Triton.
     ("_rms_norm_bwd_kernel", "sm_90"): 8,
     ("_qk_norm_rope_bwd_kernel", "sm_80"): 8,
+    ("_qk_norm_rope_bwd_kernel", "sm_100"): 8,
     ("_attention_products_kernel", "sm_100"): 16,
     ("_attention_output_kernel", "sm_100"): 8,
     # Scalar registers, which go to lanes of vector registers, not to memory.
