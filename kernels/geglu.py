@@ -85,7 +85,7 @@ def _geglu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Neighbours take the tiles of one row, where the forward's walk down the rows: each was faster that way.
+    # Neighbours take the tiles of one row, where the forward's walk down the rows: each is faster so within a step.
     tiles = tl.cdiv(n_cols, BLOCK_N)
     rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     cols = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

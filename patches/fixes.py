@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,11 +30,12 @@ _UNDER_ZERO3 = (
     "CheckpointError, use ZeRO-2 or train without checkpointing."
 )
 
-# What every way of switching it on leads through: since 5.24 transformers have two, which may call each other.
-CHECKPOINTING_ENABLE = next(
-    name
-    for name in ("_activation_checkpointing_enable", "gradient_checkpointing_enable")
-    if hasattr(PreTrainedModel, name)
+# What every way of switching checkpointing on leads through, and its options: since 5.24 transformers have two ways,
+# which may call each other.
+CHECKPOINTING_ENABLE, CHECKPOINTING_KWARGS = (
+    ("_activation_checkpointing_enable", "activation_checkpointing_kwargs")
+    if hasattr(PreTrainedModel, "_activation_checkpointing_enable")
+    else ("gradient_checkpointing_enable", "gradient_checkpointing_kwargs")
 )
 
 _TOWERS = r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\b.*"
@@ -48,10 +48,9 @@ def _shares_kv(model: Any) -> bool:
 def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
     """Reentrant checkpointing cuts the gradient that consumers of shared keys and values owe to their producers."""
     op = ops["checkpointing"]
-    name = list(inspect.signature(original).parameters)[1]
 
     def checkpointing_enable(self, *args: Any, **kwargs: Any) -> Any:
-        given = args[0] if args else kwargs.get(name)
+        given = args[0] if args else kwargs.get(CHECKPOINTING_KWARGS)
         # transformers takes None as non-reentrant, but passes an empty dict through to torch, whose default is
         # reentrant.
         if op.active and given is not None and _shares_kv(self):
@@ -66,7 +65,7 @@ def make_checkpointing_enable(original: Callable[..., Any], ops: dict[str, Op]) 
             if args:
                 args = (given, *args[1:])
             else:
-                kwargs[name] = given
+                kwargs[CHECKPOINTING_KWARGS] = given
         return original(self, *args, **kwargs)
 
     return checkpointing_enable

@@ -62,6 +62,7 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             module,
             f"{prefix}PreTrainedModel.{fixes.CHECKPOINTING_ENABLE}",
             fixes.make_checkpointing_enable,
+            (fixes.CHECKPOINTING_KWARGS,),
         ),
     ]
 

@@ -205,7 +205,7 @@ def batch(
         labels[:, :3] = -100
         tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     elif kind == "packing":
-        # The longest is not the first: then positions within a document could pass for indices into the row.
+        # Were the longest the first, positions within a document could pass for indices into the row.
         position_ids = torch.cat([torch.arange(n) for n in (6, 1, 9, 7)])[None]
         ids = tokens(1, position_ids.shape[1])
         labels = ids.masked_fill(position_ids == 0, -100)

@@ -73,6 +73,7 @@ def test_reentrant_checkpointing_becomes_exact(
     model = structures.build("e2b")
     with fastgemma.patched(**CHECKPOINTING):
         with caplog.at_level(logging.WARNING, "fastgemma"), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             getattr(model, switch)(given := dict(kwargs))
         assert given == kwargs, "the caller's dict was written"
         assert not warned or switch != SWITCHES[-1], "calls another by a name that is deprecated"
