@@ -24,10 +24,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if not torch.is_grad_enabled():  # it is with create_graph=True
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # it is with create_graph=True
-            return results
         several = results if isinstance(results, tuple) else (results,)
         # Whatever requires a gradient makes a node of the error.
         marked: list[Any] = [None if result is None else result.detach().requires_grad_() for result in several]

@@ -24,14 +24,13 @@ from fastgemma.kernels.attention_tiles import (
     LOG2E,
     MAX_PLANS,
     NO_KEY,
-    Prepared,
     chunk_tile,
     in_bands,
     key_bounds,
     tiles,
 )
 from fastgemma.kernels.attention_wide import chunk_of_positions
-from fastgemma.kernels.backend import cdiv, kernel, kernel_of_any_numbers, tl
+from fastgemma.kernels.backend import Prepared, cdiv, kernel, kernel_of_any_numbers, tl
 from fastgemma.kernels.key_intervals import ROWS_TOGETHER, KeyIntervals, Reach
 from fastgemma.kernels.launch import Launch, launch, multiprocessors
 from fastgemma.kernels.workspace import workspace_bytes
@@ -254,15 +253,14 @@ def _plan(
         }
         chunks.append(
             _Chunk(
-                Prepared((n_rows // block_m * n_slots, slots), {**ds, **shared, **to_ds.kwargs()}),
-                Prepared(((q_programs + key_programs) * slots,), {**gradients, **shared, **products.kwargs()}),
+                Prepared((n_rows // block_m * n_slots, slots), **ds, **shared, **to_ds.kwargs()),
+                Prepared(((q_programs + key_programs) * slots,), **gradients, **shared, **products.kwargs()),
             )
         )
         started_tiles = end_tile
 
     rows = batch * seq_len * num_heads
-    grid = (cdiv(rows, to_delta.blocks["BLOCK_M"]),)
-    delta = Prepared(grid, {"n_rows": rows, "HEAD_DIM": head_dim, **to_delta.kwargs()})
+    delta = Prepared((cdiv(rows, to_delta.blocks["BLOCK_M"]),), n_rows=rows, HEAD_DIM=head_dim, **to_delta.kwargs())
     # A single part and chunk is the result itself.
     sums = Sums(parts, dtype if parts == 1 and chunk == seq_len else torch.float32)
     workspace_size = 2 * slots * n_rows * most_slots * block_n
@@ -309,50 +307,55 @@ def attention_bwd(
     `sums`: what is compiled for, of another length, where nothing is launched.
     """
     dtype, device = q.dtype, q.device
-    dq = torch.empty(q.shape, dtype=dtype, device=device) if needs[0] else None
+    dq = torch.empty_like(q) if needs[0] else None
     if out.numel() == 0:
         return dq, torch.zeros_like(k) if needs[1] else None, torch.zeros_like(v) if needs[1] else None
     plan = _plan_for(q.shape, k.shape[2], dtype, device, intervals.reach, scale, needs)
     sums = plan.sums if sums is None else sums
     of_slots, of_keys = map(intervals.rows_of_keys, plan.key_blocks)
     delta = torch.empty_like(lse)
-    _attention_delta_kernel[plan.to_delta.grid](dout_ptr=dout, out_ptr=out, delta_ptr=delta, **plan.to_delta.numbers)
-    workspace = torch.empty(plan.workspace_size, dtype=dtype, device=device)
-    # One buffer for both, so that their parts meet in one launch.
-    dkdv = torch.empty((2, sums.parts, *k.shape), dtype=sums.dtype, device=device) if needs[1] else None
-    dk, dv = (None, None) if dkdv is None else dkdv.unbind()
+    _attention_delta_kernel[plan.to_delta](dout_ptr=dout, out_ptr=out, delta_ptr=delta)
+    workspace = q.new_empty(plan.workspace_size)
+    dk = dv = dkdv = None
+    if needs[1]:
+        if sums == (1, dtype):
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
+        else:
+            # One buffer for both, so that their parts meet in one launch.
+            dkdv = torch.empty((2, sums.parts, *k.shape), dtype=sums.dtype, device=device)
+            dk, dv = dkdv.unbind()
     # What stands in for them where they are not wanted is of their dtype, so that nothing else is compiled.
     unwanted = workspace if sums.dtype == dtype else delta
-    shared = {"lo_ptr": intervals.lo, "hi_ptr": intervals.hi, "workspace_ptr": workspace}
+    lo, hi = intervals.lo, intervals.hi
     for scores, gradients in plan.chunks:
-        _attention_ds_kernel[scores.grid](
+        _attention_ds_kernel[scores](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
             dout_ptr=dout,
+            lo_ptr=lo,
+            hi_ptr=hi,
             first_ptr=of_slots[0],
             end_ptr=of_slots[1],
             lse_ptr=lse,
             delta_ptr=delta,
-            **shared,
-            **scores.numbers,
+            workspace_ptr=workspace,
         )
-        _attention_products_kernel[gradients.grid](
+        _attention_products_kernel[gradients](
             q_ptr=q,
             k_ptr=k,
             dout_ptr=dout,
+            lo_ptr=lo,
+            hi_ptr=hi,
             first_ptr=of_keys[0],
             end_ptr=of_keys[1],
+            workspace_ptr=workspace,
             dq_ptr=q if dq is None else dq,
             dk_ptr=unwanted if dk is None else dk,
             dv_ptr=unwanted if dv is None else dv,
-            **shared,
-            **gradients.numbers,
         )
-    if dkdv is None or dk is None or dv is None:
-        return dq, None, None
-    if sums == (1, dtype):
-        return dq, dk[0], dv[0]
+    if dkdv is None:
+        return dq, dk, dv
     whole = torch.empty((2, *k.shape), dtype=dtype, device=device)
     config = launch("attention_sum", "any", device)
     _attention_sum_kernel[(cdiv(k.numel(), config.blocks["BLOCK"]), 2)](

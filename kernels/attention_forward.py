@@ -8,10 +8,14 @@ Source: Dao, "FlashAttention-2" (2023), for the order of the loops.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from fastgemma.kernels.attention_tiles import (
     LOG2E,
+    MAX_PLANS,
     NO_KEY,
     all_finite,
     finite_rows,
@@ -23,8 +27,9 @@ from fastgemma.kernels.attention_tiles import (
     wide,
 )
 from fastgemma.kernels.attention_wide import wide_attention_fwd
-from fastgemma.kernels.backend import cdiv, jit, kernel_of_any_numbers, tile_descriptor, tl
+from fastgemma.kernels.backend import Prepared, cdiv, jit, kernel_of_any_numbers, tile_descriptor, tl
 from fastgemma.kernels.key_intervals import KeyIntervals
+from fastgemma.kernels.launch import Launch
 
 # Wider heads, and numbers of 4 bytes, leave too few registers and too little shared memory for whole heads.
 _WIDEST = 256
@@ -180,6 +185,30 @@ def _attention_fwd_kernel(
         _store(acc, peak, total, some, exists, out_ptrs, lse_ptrs)
 
 
+class _Plan(NamedTuple):
+    """What `attention_fwd` needs for tensors of one shape."""
+
+    whole: Prepared
+    block: tuple[int, int] | None  # of the copy engine's descriptors of k and v, where it loads them
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(shape: torch.Size, num_key_value_heads: int, config: Launch, scale: float) -> _Plan:
+    batch, seq_len, num_heads, head_dim = shape
+    group = num_heads // num_key_value_heads
+    whole = Prepared(
+        (num_key_value_heads, cdiv(seq_len * group, config.blocks["BLOCK_M"]), batch),
+        seq_len=seq_len,
+        scale_log2=scale * LOG2E,
+        KV_HEADS=num_key_value_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        NO_KEY=NO_KEY,
+        **config.kwargs(),
+    )
+    return _Plan(whole, (config.blocks["BLOCK_N"], head_dim) if config.descriptors else None)
+
+
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, intervals: KeyIntervals, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,23 +217,21 @@ def attention_fwd(
     q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_key_value_heads, head_dim]; all contiguous. Rows
     without keys give zeros.
     """
-    batch, seq_len, num_heads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, seq_len, num_heads), dtype=torch.float32, device=q.device)
+    shape, dtype, device = q.shape, q.dtype, q.device
+    out = torch.empty_like(q)
+    lse = q.new_empty(shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if head_dim > _WIDEST or q.dtype == torch.float32:
+    head_dim = shape[3]
+    if head_dim > _WIDEST or dtype == torch.float32:
         wide_attention_fwd(q, k, v, intervals, scale, out, lse)
         return out, lse
-    config = tiles("attention_fwd", head_dim, q.dtype, q.device)
-    num_key_value_heads = k.shape[2]
-    group = num_heads // num_key_value_heads
-    grid = (num_key_value_heads, cdiv(seq_len * group, config.blocks["BLOCK_M"]), batch)
+    plan = _plan(shape, k.shape[2], tiles("attention_fwd", head_dim, dtype, device), scale)
     k_desc = v_desc = None
-    if config.descriptors:
-        block = (config.blocks["BLOCK_N"], head_dim)
-        k_desc, v_desc = (tile_descriptor(x.view(batch * seq_len, -1), block) for x in (k, v))
-    _attention_fwd_kernel[grid](
+    if plan.block is not None:
+        rows = shape[0] * shape[1]
+        k_desc, v_desc = (tile_descriptor(x.view(rows, -1), plan.block) for x in (k, v))
+    _attention_fwd_kernel[plan.whole](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -214,12 +241,5 @@ def attention_fwd(
         lse_ptr=lse,
         k_desc=k_desc,
         v_desc=v_desc,
-        seq_len=seq_len,
-        scale_log2=scale * LOG2E,
-        KV_HEADS=num_key_value_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        NO_KEY=NO_KEY,
-        **config.kwargs(),
     )
     return out, lse

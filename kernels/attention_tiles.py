@@ -11,8 +11,6 @@ go through the same tiles again with `finite_rows`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 
 from fastgemma.kernels.backend import jit, tl
@@ -23,13 +21,6 @@ LOG2E = 1.4426950408889634
 NO_KEY = 1 << 30
 # Of launches prepared for a shape; those of a very long one take megabytes.
 MAX_PLANS = 32
-
-
-class Prepared(NamedTuple):
-    """A launch but for its pointers: what comes again with every layer and step costs host time to work out."""
-
-    grid: tuple[int, ...]
-    numbers: dict[str, Any]  # constants and the compiler's options as well
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Launch:

@@ -24,7 +24,6 @@ from fastgemma.kernels.attention_tiles import (
     LOG2E,
     MAX_PLANS,
     NO_KEY,
-    Prepared,
     all_finite,
     chunk_tile,
     finite_rows,
@@ -34,7 +33,7 @@ from fastgemma.kernels.attention_tiles import (
     tiles,
     wide,
 )
-from fastgemma.kernels.backend import cdiv, jit, kernel_of_any_numbers, tl
+from fastgemma.kernels.backend import Prepared, cdiv, jit, kernel_of_any_numbers, tl
 from fastgemma.kernels.key_intervals import KeyIntervals, Reach
 from fastgemma.kernels.launch import Launch
 from fastgemma.kernels.workspace import workspace_bytes
@@ -253,11 +252,12 @@ def _plan(
             (
                 Prepared(
                     (n_rows // scores.blocks["BLOCK_M"] * n_tiles, slots),
-                    {"scale_log2": scale * LOG2E, **shared, **scores.kwargs()},
+                    scale_log2=scale * LOG2E,
+                    **shared,
+                    **scores.kwargs(),
                 ),
                 Prepared(
-                    (n_rows // output.blocks["BLOCK_M"] * pieces, slots),
-                    {"BLOCK_N": block_n, **shared, **output.kwargs()},
+                    (n_rows // output.blocks["BLOCK_M"] * pieces, slots), BLOCK_N=block_n, **shared, **output.kwargs()
                 ),
             )
         )
@@ -276,15 +276,20 @@ def wide_attention_fwd(
     """Writes `out` and `lse`, which are as `attention_fwd` returns them."""
     rows = (tiles(f"attention_{name}", q.shape[3], q.dtype, q.device) for name in ("scores", "output"))
     plan = _plan(q.shape, k.shape[2], q.dtype.itemsize, *rows, intervals.reach, scale, workspace_bytes(q.device))
-    workspace = torch.empty(plan.workspace_size, dtype=q.dtype, device=q.device)
-    peaks, totals = torch.empty((2, plan.stats_size), dtype=torch.float32, device=q.device).unbind()
-    shared = {
-        "lo_ptr": intervals.lo,
-        "hi_ptr": intervals.hi,
-        "workspace_ptr": workspace,
-        "peaks_ptr": peaks,
-        "totals_ptr": totals,
-    }
+    workspace = q.new_empty(plan.workspace_size)
+    peaks, totals = (q.new_empty(plan.stats_size, dtype=torch.float32) for _ in range(2))
+    lo, hi = intervals.lo, intervals.hi
     for to_scores, to_output in plan.chunks:
-        _attention_scores_kernel[to_scores.grid](q_ptr=q, k_ptr=k, **shared, **to_scores.numbers)
-        _attention_output_kernel[to_output.grid](v_ptr=v, out_ptr=out, lse_ptr=lse, **shared, **to_output.numbers)
+        _attention_scores_kernel[to_scores](
+            q_ptr=q, k_ptr=k, lo_ptr=lo, hi_ptr=hi, workspace_ptr=workspace, peaks_ptr=peaks, totals_ptr=totals
+        )
+        _attention_output_kernel[to_output](
+            v_ptr=v,
+            lo_ptr=lo,
+            hi_ptr=hi,
+            workspace_ptr=workspace,
+            peaks_ptr=peaks,
+            totals_ptr=totals,
+            out_ptr=out,
+            lse_ptr=lse,
+        )

@@ -44,6 +44,22 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+class Prepared:
+    """A launch but for its pointers and descriptors: what comes again with every layer and step costs host time to work
+    out, and to recognise.
+
+    `kernel[prepared](name=pointer, ...)` launches it, with all of the kernel's pointers and then descriptors, in the
+    order of its signature.
+    """
+
+    def __init__(self, grid: tuple[int, ...], **numbers: Any) -> None:
+        """`numbers`: what else the kernel takes, constants and the compiler's options last."""
+        self.grid = grid
+        self.numbers = numbers
+        # By kernel and by what can differ between pointers: what launches it, and the numbers in its order.
+        self.launchers: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+
+
 class Kernel:
     """A Triton kernel, launched as `kernel[grid](name=value, ...)`.
 
@@ -66,11 +82,14 @@ class Kernel:
         self._n_pointers = sum(name.endswith("_ptr") for name in self._names)
         self._n_descriptors = sum(name.endswith("_desc") for name in self._names)
         start = self._n_pointers + self._n_descriptors
+        self._given = tuple(self._names[:start])
         numbers = [name for name, constant in zip(self._names, self._is_constexpr) if not constant][start:]
         self._specialisation = _specialisation if specialise else _width
         self.function = triton.jit(fn, do_not_specialize=[] if specialise else numbers) if HAS_TRITON else fn
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+    def __getitem__(self, grid: tuple[int, ...] | Prepared) -> Any:
+        if isinstance(grid, Prepared):
+            return functools.partial(self._launch_prepared, grid)
         return functools.partial(self._compile_ahead if _this_thread.compiles_ahead else self._launch, grid)
 
     def _in_order(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -82,44 +101,68 @@ class Kernel:
             order = self._orders[names] = operator.itemgetter(*map(names.index, ordered))
         return order(tuple(kwargs.values()))
 
-    def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> None:
+    def _launch_prepared(self, prepared: Prepared, **given: Any) -> None:
+        if tuple(given) != self._given:
+            raise TypeError(f"{self.__name__} takes {', '.join(self._given)} in this order; got {', '.join(given)}.")
+        values = tuple(given.values())
+        n_pointers = self._n_pointers
+        pointers = values[:n_pointers]
+        device = pointers[0].get_device()
+        if (
+            _this_thread.compiles_ahead
+            or torch.compiler.is_compiling()
+            or not all(map(_is_cuda, pointers))
+            or _several_devices()
+            and device != torch.cuda.current_device()
+        ):
+            whole = self._compile_ahead if _this_thread.compiles_ahead else self._launch
+            whole(prepared.grid, **given, **prepared.numbers)
+            return
+        addresses = tuple(map(_data_ptr, pointers))
+        descriptors = values[n_pointers:]
+        key = (self, device, _aligned(addresses), *map(_dtype, pointers), *map(_tile, descriptors))
+        found = prepared.launchers.get(key)
+        if found is None:
+            launcher = self._launch(prepared.grid, **given, **prepared.numbers)
+            if launcher is not None:
+                numbers = tuple(prepared.numbers[name] for name in self._names[len(values) :])
+                prepared.launchers[key] = launcher, numbers
+            return
+        launcher, numbers = found
+        launcher(device, *addresses, *descriptors, *numbers)
+
+    def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> Callable[..., None] | None:
+        """Launches; returns what did, where it can do so again."""
         values = self._in_order(kwargs)
         n_pointers = self._n_pointers
         pointers = values[:n_pointers]
         first = pointers[0]
         if not first.is_cuda or torch.compiler.is_compiling():
             self.function[grid](**kwargs)
-            return
+            return None
         device = first.get_device()
         if _several_devices() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(grid, **kwargs)
-            return
-        addresses = []
-        dtypes = []
-        unaligned = 0
+                return self._launch(grid, **kwargs)
         for pointer in pointers:
             if not pointer.is_cuda:
                 raise ValueError(f"fastgemma: {self.__name__} got a tensor on {pointer.device}; move it to the GPU.")
-            address = pointer.data_ptr()
-            unaligned |= address
-            addresses.append(address)
-            dtypes.append(pointer.dtype)
-        aligned = True if unaligned & 15 == 0 else tuple(address & 15 == 0 for address in addresses)
+        addresses = tuple(map(_data_ptr, pointers))
         rest = values[n_pointers:]
         n_descriptors = self._n_descriptors
         # A descriptor's address and lengths are given to the launcher; what it was compiled for is its tile.
         known = (*map(_tile, rest[:n_descriptors]), *rest[n_descriptors:]) if n_descriptors else rest
-        key = (device, grid, aligned, *dtypes, *known)
+        key = (device, grid, _aligned(addresses), *map(_dtype, pointers), *known)
         launcher = self._launchers.get(key)
         if launcher is None:
             launcher = self._find(grid, kwargs, rest, key[:1] + key[2 : 3 + n_pointers])
             if launcher is None:
-                return
+                return None
             if len(self._launchers) >= _MAX_LAUNCHERS:  # sequence lengths that never come back
                 self._launchers.clear()
             self._launchers[key] = launcher
         launcher(device, *addresses, *rest[: len(self._names) - n_pointers])
+        return launcher
 
     def _find(
         self, grid: tuple[int, ...], kwargs: dict[str, Any], rest: tuple[Any, ...], pointers: tuple[Any, ...]
@@ -221,6 +264,15 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+_is_cuda, _dtype = operator.attrgetter("is_cuda"), operator.attrgetter("dtype")
+_data_ptr = torch.Tensor.data_ptr
+
+
+def _aligned(addresses: tuple[int, ...]) -> bool | tuple[bool, ...]:
+    """Which of them are multiples of 16; True for all."""
+    return functools.reduce(operator.or_, addresses) & 15 == 0 or tuple(address & 15 == 0 for address in addresses)
 
 
 def _specialisation(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgemma.kernels.backend import interpreting
+from fastgemma.kernels.backend import Prepared, interpreting
 from fastgemma.kernels.nf4 import NestedScales, NF4Weight, dequantize_nf4_reference
 
 # float32: relative L2 error per tensor against float64.
@@ -253,9 +253,12 @@ class _Counted:
     kernel: Any
     log: list[Launched]
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+    def __getitem__(self, grid: tuple[int, ...] | Prepared) -> Callable[..., Any]:
         def run(**kwargs: Any) -> Any:
-            self.log.append(Launched(self.name, grid, kwargs))
+            if isinstance(grid, Prepared):
+                self.log.append(Launched(self.name, grid.grid, kwargs | grid.numbers))
+            else:
+                self.log.append(Launched(self.name, grid, kwargs))
             return self.kernel[grid](**kwargs)
 
         return run

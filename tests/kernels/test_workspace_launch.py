@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import fastgemma.kernels.backend as backend
 import fastgemma.kernels.launch as launch_module
 from fastgemma.kernels.backend import (
     Kernel,
+    Prepared,
     as_rows,
     cdiv,
     check_dtype,
@@ -205,9 +207,6 @@ class FakeTensor:
     def get_device(self):
         return self.index
 
-    def data_ptr(self):
-        return self.pointer
-
 
 @pytest.fixture(params=[True])
 def fake_kernel(monkeypatch, request):
@@ -216,6 +215,7 @@ def fake_kernel(monkeypatch, request):
     monkeypatch.setattr(backend, "_several_devices", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(backend, "_data_ptr", operator.attrgetter("pointer"))
 
     def function(x_ptr, y_ptr, x_desc, n_rows, eps, BLOCK: tl.constexpr):
         raise AssertionError("never run")
@@ -275,7 +275,18 @@ def _launched(arguments):
     return arguments["x_ptr"].pointer, arguments["y_ptr"].pointer, *values
 
 
+def plain(kernel, grid, arguments):
+    kernel[grid](**arguments)
+
+
+def prepared(kernel, grid, arguments):
+    pointers = {name: value for name, value in arguments.items() if name.endswith(("_ptr", "_desc"))}
+    numbers = {name: value for name, value in arguments.items() if name not in pointers}
+    kernel[Prepared(grid, **numbers)](**pointers)
+
+
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("launch_once", [plain, prepared])
 @pytest.mark.parametrize(
     "change, recompiles",
     [
@@ -299,15 +310,55 @@ def _launched(arguments):
         ({"x_ptr": FakeTensor(index=1)}, True),
     ],
 )
-def test_a_variant_serves_exactly_what_it_was_compiled_for(change, recompiles, fake_kernel):
+def test_a_variant_serves_exactly_what_it_was_compiled_for(change, recompiles, launch_once, fake_kernel):
     arguments = ARGUMENTS | change
-    fake_kernel.kernel[(3,)](**ARGUMENTS)
-    fake_kernel.kernel[(9, 2)](**arguments)
+    launch_once(fake_kernel.kernel, (3,), ARGUMENTS)
+    launch_once(fake_kernel.kernel, (9, 2), arguments)
     assert len(fake_kernel.compiled) == 1 + recompiles
     if recompiles:
         assert fake_kernel.compiled[1] == ((9, 2), arguments)
     else:
         assert fake_kernel.direct == [((9, 2, 1), _launched(arguments))]
+
+
+POINTERS = {name: ARGUMENTS[name] for name in ("x_ptr", "y_ptr", "x_desc")}
+NUMBERS = {name: value for name, value in ARGUMENTS.items() if name not in POINTERS}
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_what_is_prepared_is_found_by_what_can_differ_between_pointers(fake_kernel, monkeypatch):
+    launched = Prepared((9, 2), **NUMBERS)
+    kernel = fake_kernel.kernel
+    kernel[launched](**POINTERS)  # compiles
+    kernel[launched](**POINTERS)  # a full launch, which the next ones repeat
+    assert len(fake_kernel.compiled) == 1 and len(fake_kernel.direct) == 1
+
+    def full(*args, **kwargs):
+        raise AssertionError("a full launch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "_launch", full)
+        for change in ({}, {"x_ptr": FakeTensor(pointer=4096)}, {"x_desc": _rows(shape=(9, 8))}):
+            kernel[launched](**POINTERS | change)
+            assert fake_kernel.direct[-1] == ((9, 2, 1), _launched(ARGUMENTS | change))
+        for change in ({"x_ptr": FakeTensor(torch.float16)}, {"y_ptr": FakeTensor(pointer=1028)}, {"x_desc": None}):
+            with pytest.raises(AssertionError, match="a full launch"):
+                kernel[launched](**POINTERS | change)
+    assert len(fake_kernel.direct) == 4
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+def test_pointers_of_what_is_prepared_in_another_order_are_refused(fake_kernel):
+    launched = Prepared((3,), **NUMBERS)
+    given = {name: POINTERS[name] for name in ("y_ptr", "x_ptr", "x_desc")}
+    with pytest.raises(TypeError, match="x_ptr, y_ptr, x_desc in this order"):
+        fake_kernel.kernel[launched](**given)
+    with pytest.raises(TypeError, match="got x_ptr"):
+        fake_kernel.kernel[launched](x_ptr=FakeTensor())
+    with compiling_ahead():
+        fake_kernel.kernel[launched](**POINTERS)
+    fake_kernel.kernel[launched](**POINTERS)
+    assert not fake_kernel.compiled and len(fake_kernel.ahead) == len(fake_kernel.direct) == 1
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
