@@ -25,6 +25,8 @@ STOCK_MAX_FACTOR = 1.5
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# For tests that look at attention over intervals in models of float32.
+attends_in_float32 = pytest.mark.skipif(torch.cuda.is_available(), reason="float32, which the interpreter alone takes")
 few_examples = settings(
     deadline=None, max_examples=10, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

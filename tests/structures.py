@@ -184,7 +184,7 @@ def quantize(model: torch.nn.Module) -> None:
                     child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
                 )
                 # Moving a 4-bit weight is what quantises it, on the CPU as well.
-                setattr(parent, name, linear.to("cpu"))
+                setattr(parent, name, linear.to(child.weight.device))
 
 
 def batch(

@@ -33,7 +33,7 @@ class Recording(DynamicCache):
 
 def decoded(model: Any, name: str) -> tuple[torch.Tensor, list[Any]]:
     """Logits of a row of tokens fed in two pieces, and what the cache saw."""
-    ids = torch.randint(3, structures.VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, structures.VOCAB, (1, 9), generator=torch.Generator().manual_seed(0)).to(model.device)
     cache = Recording(config=model.config.get_text_config())
     with torch.no_grad():
         logits = [model(ids[:, start:end], **{name: cache}).logits for start, end in ((0, 6), (6, 9))]
@@ -43,8 +43,8 @@ def decoded(model: Any, name: str) -> tuple[torch.Tensor, list[Any]]:
 @pytest.mark.parametrize("features", [WHOLE, PARTS], ids=["whole", "parts"])
 @pytest.mark.parametrize("name", dict.fromkeys([caches.CACHE, "past_key_values"]))
 @pytest.mark.parametrize("structure", slow_after(1, ["e2b", "12b"]))
-def test_it_is_filled_as_by_stock(structure: str, name: str, features: dict[str, Any]) -> None:
-    model = structures.build(structure).eval()
+def test_it_is_filled_as_by_stock(structure: str, name: str, features: dict[str, Any], device: torch.device) -> None:
+    model = structures.build(structure).to(device).eval()
     expected, updates = decoded(model, name)
     before = fastgemma.status()["rope"].fast_calls
     with fastgemma.patched(**features):
@@ -55,12 +55,12 @@ def test_it_is_filled_as_by_stock(structure: str, name: str, features: dict[str,
 
 
 @pytest.mark.parametrize("features", [WHOLE, PARTS], ids=["whole", "parts"])
-def test_a_layer_s_own_call(features: dict[str, Any]) -> None:
+def test_a_layer_s_own_call(features: dict[str, Any], device: torch.device) -> None:
     """With no more than it needs."""
-    model = structures.build("12b").eval()
+    model = structures.build("12b").to(device).eval()
     layer, config = model.model.layers[0], model.config.get_text_config()
-    hidden_states = torch.randn(1, 5, config.hidden_size)
-    angles = model.model.rotary_emb(hidden_states, torch.arange(5)[None], config.layer_types[0])
+    hidden_states = torch.randn(1, 5, config.hidden_size, device=device)
+    angles = model.model.rotary_emb(hidden_states, torch.arange(5, device=device)[None], config.layer_types[0])
 
     def run() -> tuple[torch.Tensor, list[Any]]:
         cache = Recording(config=config)
@@ -76,13 +76,13 @@ def test_a_layer_s_own_call(features: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_an_attention_s_own_call(by_name: bool) -> None:
+def test_an_attention_s_own_call(by_name: bool, device: torch.device) -> None:
     """By the old name, or as the last positional argument."""
-    model = structures.build("e2b").eval()
+    model = structures.build("e2b").to(device).eval()
     attention = model.model.layers[0].self_attn
     config = model.config.get_text_config()
-    hidden_states = torch.randn(1, 5, config.hidden_size)
-    angles = model.model.rotary_emb(hidden_states, torch.arange(5)[None], config.layer_types[0])
+    hidden_states = torch.randn(1, 5, config.hidden_size, device=device)
+    angles = model.model.rotary_emb(hidden_states, torch.arange(5, device=device)[None], config.layer_types[0])
 
     def run() -> tuple[torch.Tensor, list[Any]]:
         cache = Recording(config=config)

@@ -15,7 +15,7 @@ import pytest
 import structures
 import torch
 import transformers
-from kernel_checks import FLOAT32_BUDGET, relative_error, same_bits
+from kernel_checks import FLOAT32_BUDGET, attends_in_float32, relative_error, same_bits
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -173,6 +173,7 @@ def unwrapped(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in gradients.items()}
 
 
+@attends_in_float32
 def test_wrappers_that_are_not_reentrant_are_left_alone() -> None:
     truth = gradients(structures.build("e2b"))
     model = structures.build("e2b")

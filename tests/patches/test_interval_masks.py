@@ -8,7 +8,7 @@ import pytest
 import structures
 import torch
 import transformers
-from kernel_checks import FLOAT32_BUDGET, relative_error
+from kernel_checks import FLOAT32_BUDGET, attends_in_float32, relative_error
 from quick import slow_after
 from torch import nn
 from transformers.models.gemma4 import modeling_gemma4
@@ -21,7 +21,7 @@ from fastgemma.patches.interval_masks import IntervalMasks, _blocks, _padding
 from fastgemma.patches.projections import Unsupported
 
 # On a GPU float32 attention is stock's: there tests/regression compares models in bfloat16.
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32, which the interpreter alone takes")
+pytestmark = attends_in_float32
 
 STOCK: dict[str, Any] = dict.fromkeys(fastgemma.status(), False)
 ATTENTION: dict[str, Any] = {**STOCK, "attention": True}

@@ -9,7 +9,7 @@ import peft
 import pytest
 import structures
 import torch
-from kernel_checks import FLOAT32_BUDGET, relative_error
+from kernel_checks import FLOAT32_BUDGET, attends_in_float32, relative_error
 from patch_state import counts
 from torch import nn
 from transformers import Gemma4ForCausalLM
@@ -180,9 +180,9 @@ def with_dropout(kind: type) -> nn.Module:
         (lambda: with_norms("e2b"), "rms_norm", "a norm of another class"),
         (lambda: with_norms("e2b"), "rope", "a norm of another class"),
         (lambda: with_norms("26b-a4b"), "rms_norm", "a norm of another class"),
-        (with_layer, "attention", "another decoder layer"),
-        (with_text_model, "attention", "another text model"),
-        (with_hook, "attention", "hooks that are handed the mask"),
+        pytest.param(with_layer, "attention", "another decoder layer", marks=attends_in_float32),
+        pytest.param(with_text_model, "attention", "another text model", marks=attends_in_float32),
+        pytest.param(with_hook, "attention", "hooks that are handed the mask", marks=attends_in_float32),
         (with_model, "cross_entropy", "forward of a subclass: logits may be read"),
         (with_activation, "geglu", "activation OwnActivation"),
         (lambda: with_dropout(OwnDropout), "lora", "LoRA dropout of type OwnDropout"),
@@ -233,7 +233,8 @@ def test_compiled_code_is_stock_s_and_counted(what: str) -> None:
     model = compiled(build(**TWO_LAYERS), what)
     actual, reasons = patched_step(model)
     assert_equal(actual, expected)
-    assert all("compiling" in reasons[feature] for feature in ("rms_norm", "rope", "geglu", "lora", "attention"))
+    assert all("compiling" in reasons[feature] for feature in ("rms_norm", "rope", "geglu", "lora"))
+    assert DEVICE.type == "cuda" or "compiling" in reasons["attention"]  # there it is float32 first
     assert ("compiling" in reasons["cross_entropy"]) is (what == "model")
 
 

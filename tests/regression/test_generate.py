@@ -39,10 +39,10 @@ def test_same_tokens_as_stock(name, cache_implementation, device):
 
 
 @pytest.mark.slow
-def test_continuous_batching():
+def test_continuous_batching(device):
     """Its cache reaches the attention by another way; it takes heads of one size."""
     heads = {"head_dim": 32, "global_head_dim": 32, "num_global_key_value_heads": 4, "attention_k_eq_v": False}
-    model = structures.build("31b", attn_implementation="sdpa", **heads).eval()
+    model = structures.build("31b", attn_implementation="sdpa", **heads).to(device).eval()
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def generated():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import structures
 import torch
-from kernel_checks import STOCK_L2_FACTOR, assert_float32, gpu, relative_error
+from kernel_checks import STOCK_L2_FACTOR, assert_float32, attends_in_float32, gpu, relative_error
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.modeling_gemma4 import Gemma4Model, Gemma4RMSNorm
@@ -48,7 +48,6 @@ BATCHES = {
 # Older transformers take videos in another form, or (5.20) do not hand on what they then ask for: they run without.
 VIDEOS = "num_frames_per_video=num" in inspect.getsource(Gemma4ForConditionalGeneration.forward)
 with_videos = pytest.mark.skipif(not VIDEOS, reason="transformers with another form of videos, or none")
-intervals = pytest.mark.skipif(torch.cuda.is_available(), reason="float32, which the interpreter alone takes")
 
 
 def build(name: str, seed: int = 0) -> Any:
@@ -263,7 +262,7 @@ def test_subclasses_keep_their_images(name: str, device: torch.device) -> None:
         assert relative_error(logits(model, batch), stock) <= 1e-5
 
 
-@intervals
+@attends_in_float32
 @pytest.mark.parametrize("name", ["31b", "12b"])
 def test_images_in_packed_rows(name: str, device: torch.device) -> None:
     """Stock's 31B looks for the second document's images where the first one has them. That is a fix's to mend."""
@@ -297,7 +296,7 @@ def test_images_in_packed_rows(name: str, device: torch.device) -> None:
     assert ("attention", 0, {"images in packed rows": 1}) in list(gained(before))
 
 
-@intervals
+@attends_in_float32
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_eager_attention(side: str, device: torch.device) -> None:
     """The last padding on the left predicts the first token. Eager attention gives it the mean of all values."""
@@ -316,7 +315,7 @@ def test_eager_attention(side: str, device: torch.device) -> None:
 
 
 @pytest.mark.slow
-@intervals
+@attends_in_float32
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", ["31b", "12b"])
 def test_stock_attention_over_our_masks(name: str, eager: bool, device: torch.device) -> None:
