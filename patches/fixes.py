@@ -17,7 +17,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from fastgemma.patches.caches import CACHE, cache_of
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.families import is_gemma4
-from fastgemma.patches.interval_masks import IntervalMasks
+from fastgemma.patches.host_copies import host_copy
+from fastgemma.patches.interval_masks import IntervalMasks, document_starts, wants_apart
 from fastgemma.patches.per_layer_inputs import inside_forward
 from fastgemma.patches.projections import Unsupported
 
@@ -99,26 +100,18 @@ def _refuse_reentrant(model: Any) -> None:
 
 
 def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
-    """Masks that keep packed documents apart, where stock would let them attend to each other; else None.
-
-    transformers looks for restarting position_ids only where there is neither a 2-D mask nor a cache; a cache is made
-    by default in plain training loops. Padded rows come out the same with or without the document mask: a padding
-    position is a document of its own, which nobody attends to either way.
-    """
+    """Masks that keep packed documents apart, where stock would let them attend to each other; else None."""
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     embeds = given.get("inputs_embeds")
     reference = embeds if embeds is not None else given.get("input_ids")
-    if not model.training or position_ids is None or reference is None or cache_of(given) is not None:
+    if position_ids is None or reference is None or cache_of(given) is not None or not wants_apart(model, given):
         return None
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+    if position_ids.dim() != 2 or not (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
         return None
-    if mask is None and given.get("use_cache") is False:
-        return None  # stock finds the documents itself
-    if given.get("mm_token_type_ids") is not None or position_ids.dim() != 2:
-        return None
-    documents = masking_utils.find_packed_sequence_indices(position_ids.expand(reference.shape[0], -1))
-    if documents is None:
+    starts = document_starts(position_ids)
+    if not bool(starts.any()):
         return None  # every row is one document
+    documents = starts.cumsum(-1).expand(reference.shape[0], -1)
     config = model.config.get_text_config()
     arguments = {
         "config": config,
@@ -134,6 +127,14 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
         "full_attention": masking_utils.create_causal_mask(**arguments),
         "sliding_attention": masking_utils.create_sliding_window_causal_mask(**arguments),
     }
+
+
+def _kept_apart(model: Any, given: dict[str, Any]) -> bool:
+    """Whether intervals keep documents apart that stock would not, where the host knows the positions."""
+    if not wants_apart(model, given):
+        return False
+    position_ids = host_copy(given["position_ids"])
+    return position_ids is not None and bool(document_starts(position_ids).any())
 
 
 def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
@@ -160,6 +161,8 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
             except Unsupported as unsupported:
                 attention.fallback(str(unsupported))
             else:
+                if fixes.active and _kept_apart(self, kwargs):
+                    fixes.fast()
                 return original(self, **{**kwargs, "attention_mask": masks})
         if fixes.active and not args:
             masks = _packed_masks(self, kwargs)

@@ -252,13 +252,39 @@ def _makes_cache(model: Any, given: Mapping[str, Any]) -> bool:
     return not checkpointed or (RENAMED and not torch.is_grad_enabled())
 
 
+def stock_finds_documents(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether stock keeps packed documents apart: it looks for them where there is neither a mask nor a cache."""
+    return given.get("attention_mask") is None and not _makes_cache(model, given)
+
+
+def wants_apart(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether documents are to be kept apart in this forward though stock would let them see each other."""
+    return (
+        model.training
+        and given.get("position_ids") is not None
+        and given.get("mm_token_type_ids") is None
+        and not stock_finds_documents(model, given)
+    )
+
+
+def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where packed documents begin, but for each row's first: at a position of 0 that does not follow -1.
+
+    Stock, where it looks for documents, takes any step but one to the next position for a new one. Where it does not
+    look, positions that jump (as in training for longer contexts), padding's, and those that are all 0 are but angles.
+    """
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    zero = position_ids == 0
+    return (steps != 1) & zero & ~zero.all(-1, keepdim=True)
+
+
 def _documents(
     model: Any, given: Mapping[str, Any], batch: int, keep_apart: bool, on_host: bool
 ) -> torch.Tensor | None:
-    """[batch, seq_len], a new number from each position that does not follow its predecessor; or None.
+    """[batch, seq_len], a new number from where a document starts; or None.
 
-    Stock looks for documents only where there is neither a mask nor a cache, and text models make a cache by default
-    before they look: packed rows would attend to each other. With `keep_apart` they do not in training.
+    Text models make a cache by default, and then do not look for documents: packed rows would attend to each other.
+    With `keep_apart` they do not in training.
 
     Args:
         on_host: whether they must be known there.
@@ -268,9 +294,8 @@ def _documents(
         return None
     if position_ids.dim() != 2:
         raise Unsupported("position_ids that are no matrix")
-    stock_finds_them = given.get("attention_mask") is None and not _makes_cache(model, given)
-    keep_apart = keep_apart and model.training and given.get("mm_token_type_ids") is None
-    if not stock_finds_them and not keep_apart:
+    stock_finds_them = stock_finds_documents(model, given)
+    if not stock_finds_them and not (keep_apart and wants_apart(model, given)):
         return None
     if on_host:
         host = host_copy(position_ids)
@@ -278,8 +303,11 @@ def _documents(
             raise Unsupported("packed rows whose position_ids were not seen before they were on the GPU")
         # Where stock would let documents see each other, the GPU has to be waited for.
         position_ids = position_ids.cpu() if host is None else host
-    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
-    return (steps != 1).cumsum(-1).expand(batch, -1)
+    if stock_finds_them:
+        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    else:
+        starts = document_starts(position_ids)
+    return starts.cumsum(-1).expand(batch, -1)
 
 
 def _blocks(

@@ -398,12 +398,66 @@ def test_padded_rows_with_position_ids_are_unchanged(name: str, side: str) -> No
         assert relative_error(ours[real], stock[real]) <= FLOAT32_BUDGET
 
 
+JUMPS = {
+    "ahead": torch.cat([torch.arange(5), torch.arange(90, 97)]),
+    "by two": 2 * torch.arange(12),
+    "back, not to 0": torch.cat([torch.arange(7), torch.arange(3, 8)]),
+    "all 0": torch.zeros(12, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("features", [{}, {"attention": True}], ids=["masks", "intervals"])
+@pytest.mark.parametrize("given", ["a mask of ones", "the default cache", "no cache"])
+@pytest.mark.parametrize("positions", JUMPS)
+def test_positions_that_jump_are_seen_as_by_stock(positions: str, given: str, features: dict[str, Any]) -> None:
+    """Without a cache stock itself takes every jump for a new document."""
+    model = structures.build("31b").train()
+    ids = torch.randint(3, structures.VOCAB, (2, 12))
+    inputs = {"input_ids": ids, "position_ids": JUMPS[positions][None].expand(2, -1)}
+    if given == "a mask of ones":
+        inputs["attention_mask"] = torch.ones_like(ids)
+    elif given == "no cache":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    stock = model(**inputs).logits
+    before = fastgemma.status()["fixes"].fast_calls
+    with fastgemma.patched(**{**FIXES, **features}):
+        ours = model(**inputs).logits
+    assert relative_error(ours, stock) <= FLOAT32_BUDGET
+    assert fastgemma.status()["fixes"].fast_calls == before
+
+
 def masked(features: dict[str, Any], model: nn.Module, **inputs: Any) -> int:
     """How often a fix acted in one forward."""
     before = fastgemma.status()["fixes"].fast_calls
     with torch.no_grad(), fastgemma.patched(**features):
         model(**inputs)
     return fastgemma.status()["fixes"].fast_calls - before
+
+
+@pytest.mark.parametrize("features", [{}, {"attention": True}], ids=["masks", "intervals"])
+def test_labels_on_padding_with_positions_of_1(features: dict[str, Any]) -> None:
+    """As generate numbers padding: its logits count in stock's loss where labels are not masked."""
+    model = structures.build("e2b").train()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    ids = torch.randint(3, structures.VOCAB, mask.shape)
+    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    stock = model(**inputs).logits
+    with fastgemma.patched(**{**FIXES, **features}):
+        assert relative_error(model(**inputs).logits, stock) <= FLOAT32_BUDGET
+
+
+@attends_in_float32
+def test_documents_that_intervals_keep_apart_are_counted() -> None:
+    packed = structures.batch("packing")
+    ids, position_ids = packed["input_ids"], packed["position_ids"]
+    model = structures.build("e2b").train()
+    features = {**FIXES, "attention": True}
+    assert masked(features, model, input_ids=ids, position_ids=position_ids) == 1
+    assert masked(features, model, input_ids=ids, position_ids=torch.arange(ids.shape[1])[None]) == 0
+    assert masked(features, model, input_ids=ids, position_ids=position_ids, use_cache=False) == 0
+    assert masked(features, model.eval(), input_ids=ids, position_ids=position_ids) == 0
 
 
 def test_calls_whose_masks_stock_makes_itself() -> None:
