@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fastgemma.patches.engine import Op
+from fastgemma.patches.guards import hooked
 
 _ALL, _FROM_THE_FIRST = slice(None), slice(0, None)
 
@@ -89,6 +90,14 @@ def inside_forward(given: Mapping[str, Any]) -> Iterator[None]:
         _this_thread.depth -= 1
 
 
+def _given_embeddings(model: Any) -> Iterator[nn.Module]:
+    """The modules of a text model that are called with its embeddings."""
+    first = model.layers[0]
+    inner = first._modules.get("_checkpoint_wrapped_module", first)  # torch's CheckpointWrapper
+    yield from (first, inner, inner.input_layernorm, model.rotary_emb)
+    yield from (model.per_layer_model_projection, model.per_layer_projection_norm)
+
+
 def _nobody_reads_their_gradient(model: Any, inputs_embeds: Any, from_tokens: Any) -> bool:
     """Whether `inputs_embeds` are what `enable_input_require_grads` makes of frozen embeddings, and nothing between
     them and the layers is trained. A user's own embeddings, or a hook that could hand these out, want their gradient.
@@ -103,6 +112,9 @@ def _nobody_reads_their_gradient(model: Any, inputs_embeds: Any, from_tokens: An
     # transformers', PEFT's and TRL's; none of theirs keeps what it is given.
     names = (getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
     if not all(name in ("make_inputs_require_grads", "make_inputs_require_grad") for name in names):
+        return False
+    # transformers records hidden states by hooks on the layers, or by forwards of their own.
+    if any(map(hooked, _given_embeddings(model))):
         return False
     between = (model.per_layer_model_projection, model.per_layer_projection_norm)
     return not any(parameter.requires_grad for module in between for parameter in module.parameters())

@@ -109,10 +109,10 @@ def adapted(checkpointing: bool = True, **config: Any) -> Any:
 
 
 def layer_inputs(model: Any) -> list[torch.Tensor]:
-    """What the layers were given, by forward, in a list that grows."""
+    """What the layers but the first, which is given the embeddings, were given, by forward, in a list that grows."""
     seen: list[torch.Tensor] = []
     for module in model.modules():
-        if type(module).__name__ == "Gemma4TextDecoderLayer":
+        if type(module).__name__ == "Gemma4TextDecoderLayer" and module.layer_idx:
             module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     return seen
 
@@ -152,7 +152,21 @@ def test_no_gradient_in_a_multimodal_model_either(device: torch.device) -> None:
     assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
 
 
-@pytest.mark.parametrize("why", ["adapted projection", "trained norm", "another hook", "own embeddings", "compared"])
+READERS = [
+    "adapted projection",
+    "trained norm",
+    "another hook",
+    "own embeddings",
+    "hidden states",
+    "model.layers.0",
+    "model.layers.0.input_layernorm",
+    "model.rotary_emb",
+    "model.per_layer_model_projection",
+    "compared",
+]
+
+
+@pytest.mark.parametrize("why", READERS)
 def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> None:
     model = adapted(
         **({"target_modules": ["q_proj", "per_layer_model_projection"]} if why == "adapted projection" else {})
@@ -168,6 +182,10 @@ def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> Non
             caught.append(output)
 
         text.embed_tokens.register_forward_hook(catch)
+    if why.startswith("model."):
+        text.get_submodule(why.removeprefix("model.")).register_forward_pre_hook(
+            lambda module, given: caught.append(given[0])
+        )
     if why == "own embeddings":
         ids = inputs.pop("input_ids")
         with torch.no_grad():
@@ -176,6 +194,11 @@ def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> Non
         caught = [inputs["inputs_embeds"].requires_grad_()]
 
     def both() -> dict[str, torch.Tensor]:
+        if why == "hidden states":
+            model.zero_grad()
+            out = model(**inputs, output_hidden_states=True)
+            (gradient,) = torch.autograd.grad(out.loss, out.hidden_states[0])
+            return {"embeddings": gradient}
         grads = step(model, inputs)
         if caught:
             grads["embeddings"] = caught[-1].grad.clone()
