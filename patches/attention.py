@@ -18,7 +18,7 @@ from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.patches import caches, projections
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_stock, plain, unusable
+from fastgemma.patches.guards import hooked, is_known, is_stock, is_transformers_own, plain, unusable
 from fastgemma.patches.interval_masks import IntervalMask, takes_intervals
 
 
@@ -37,10 +37,11 @@ def qkv_layers(attention: Any) -> list[nn.Module]:
     return [modules[name] for name in names if modules.get(name) is not None]
 
 
-def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+def rope_unusable(attention: Any, rotate: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     """Why `qk_norm_rope` cannot stand in for the norms and rotations of this call, or None.
 
-    `x` [batch, seq_len, ...] is the queries' projection, or what they are projected from.
+    `rotate` is what stands as `apply_rotary_pos_emb` in the attention's module; `x` [batch, seq_len, ...] the queries'
+    projection, or what they are projected from.
     """
     reason = unusable(x)
     if reason is not None:
@@ -49,6 +50,8 @@ def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch
         return "gradient through the rotation angles"
     if cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[1], attention.head_dim):
         return f"rotation angles of shape {tuple(cos.shape)}"
+    if not is_transformers_own(rotate):
+        return "another apply_rotary_pos_emb"
     modules = attention._modules
     norms = [modules[name] for name in ("q_norm", "k_norm", "v_norm") if name in modules]
     for norm in norms:
@@ -57,6 +60,8 @@ def rope_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch
         kind: Any = type(norm)
         if not is_stock(kind):
             return "a norm of another class"
+        if not is_known(kind):
+            return "another forward of the norms"
         weight = norm._parameters.get("weight")
         if weight is not None and (not plain(weight) or weight.device != x.device):
             return "norm weight that is sharded or elsewhere"
@@ -167,7 +172,7 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
     def norm_and_rotate(attention, q, k, v, cos, sin):
         """q, k, v as [batch, heads, seq_len, head_dim]."""
         if rope.active:
-            reason = rope_unusable(attention, q, cos, sin)
+            reason = rope_unusable(attention, module.apply_rotary_pos_emb, q, cos, sin)
             if reason is None and k is not None and k.dtype != q.dtype:
                 reason = "queries and keys in different dtypes"
             if reason is None:

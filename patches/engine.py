@@ -12,17 +12,21 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import sys
 import textwrap
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 
 _ABSENT = object()
+# Functions of ours that stand, or stood, in the place of a row's original.
+replacements: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
 class PatchError(RuntimeError):
@@ -74,7 +78,8 @@ class Row:
 
     `make(original, ops)` returns the replacement; `ops` maps each of `features` to its `Op`. `parameters` are the
     names that the original must take for the replacement to be exact; `aliases` are module prefixes in which the same
-    function may already have been imported by name.
+    function may already have been imported by name. With `stands_in` the replacement computes what the original does,
+    and does not call it: where somebody has replaced or wrapped that, it is refused.
     """
 
     features: tuple[str, ...]
@@ -84,6 +89,7 @@ class Row:
     parameters: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     requires: str | None = None  # distribution without which the row does not apply
+    stands_in: bool = False
 
     @property
     def target(self) -> str:
@@ -210,13 +216,14 @@ class Engine:
             site.refusal = f"not found in the installed version ({error})"
             return
         original = bound.__func__ if isinstance(bound, staticmethod | classmethod) else bound
-        site.refusal = _signature_problem(original, row)
+        site.refusal = _signature_problem(original, row) or _foreign(original, row)
         if site.refusal is not None:
             return
         known = self._fingerprints.get(f"{row.module}:{row.attribute}")
         site.verified = known is None or _source_fingerprint(original) in known
         replacement = row.make(original, site.ops)
         functools.update_wrapper(replacement, original)
+        replacements.add(replacement)
         replacement = staticmethod(replacement) if isinstance(bound, staticmethod) else replacement
         site.owner, site.name, site.original = owner, name, original
         site.raw = vars(owner).get(name, _ABSENT)
@@ -245,6 +252,26 @@ def _aliases(row: Row, function: Any) -> list[tuple[Any, str]]:
             continue
         found += [(module, name) for name, value in list(vars(module).items()) if value is function]
     return found
+
+
+def _foreign(function: Callable[..., Any], row: Row) -> str | None:
+    """Why what stands in the library is not the library's, or None."""
+    package = importlib.import_module(row.module.partition(".")[0])
+    if not row.stands_in or package.__file__ is None or written_in(function, directory_of(package)):
+        return None
+    where = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
+    return f"it was replaced or wrapped before patch(), as {where}; fastgemma computes stock's formula"
+
+
+def directory_of(package: ModuleType) -> str:
+    """Where a package's files begin."""
+    return os.path.join(os.path.dirname(package.__file__ or ""), "")
+
+
+def written_in(function: Any, directory: str) -> bool:
+    """Whether a function's own code, not that of what it wraps, is in a file whose path begins so."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(directory)
 
 
 def _signature_problem(function: Callable[..., Any], row: Row) -> str | None:

@@ -7,10 +7,14 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastgemma.kernels.backend import HAS_TRITON, interpreting
+from fastgemma.patches.engine import directory_of, replacements, written_in
 
+_TRANSFORMERS = directory_of(transformers)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,13 +34,15 @@ def unusable(tensor: torch.Tensor) -> str | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: hooks, or a forward set on the instance."""
+    """Whether calling the module does more than its class's forward: hooks, of its own or of all modules, or a forward
+    set on the instance."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 
@@ -44,6 +50,21 @@ def hooked(module: nn.Module) -> bool:
 def is_stock(kind: Any) -> bool:
     """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""
     return kind.__module__.startswith("transformers.models.gemma4")
+
+
+def is_ours(kind: Any) -> bool:
+    """Whether the forward of a class is what a row put there: not refused, and neither replaced nor wrapped since."""
+    return kind.forward in replacements
+
+
+def is_known(kind: Any) -> bool:
+    """Whether the forward of a class is transformers' own code, or ours in its place."""
+    return is_ours(kind) or is_transformers_own(kind.forward)
+
+
+def is_transformers_own(function: Any) -> bool:
+    """Whether a function is written in transformers, and not only a wrapper of one that is."""
+    return written_in(function, _TRANSFORMERS)
 
 
 def is_transformers(function: Any) -> bool:
@@ -56,8 +77,10 @@ def plain(weight: Any) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor)
 
 
-def is_gelu_tanh(activation: Any) -> bool:
-    """Whether an activation from transformers' ACT2FN is the tanh-approximated GELU."""
-    if type(activation) is nn.GELU:
-        return activation.approximate == "tanh"
-    return type(activation).__name__ in ("GELUTanh", "PytorchGELUTanh")
+def activation_unusable(activation: Any) -> str | None:
+    """Why `geglu` cannot stand in for an activation from transformers' ACT2FN, or None."""
+    kind = type(activation)
+    tanh = activation.approximate == "tanh" if kind is nn.GELU else kind.__name__ in ("GELUTanh", "PytorchGELUTanh")
+    if not tanh:
+        return f"activation {kind.__name__}"
+    return "hooks on an activation" if hooked(activation) else None

@@ -11,7 +11,7 @@ from fastgemma.kernels.geglu import geglu
 from fastgemma.kernels.lora_mlp import lora_mlp
 from fastgemma.patches import projections
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import is_gelu_tanh, unusable
+from fastgemma.patches.guards import activation_unusable, unusable
 
 
 def gate_times_up(op: Op, activation: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -22,8 +22,8 @@ def gate_times_up(op: Op, activation: Any, gate: torch.Tensor, up: torch.Tensor)
             reason = "gate and up in different dtypes"
         if reason is None and gate.shape != up.shape:
             reason = "gate and up of different shapes"
-        if reason is None and not is_gelu_tanh(activation):
-            reason = f"activation {type(activation).__name__}"
+        if reason is None:
+            reason = activation_unusable(activation)
         if reason is None:
             op.fast()
             return geglu(gate, up)
@@ -61,7 +61,7 @@ def make_mlp(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., 
             lora.fallback(reason)
         elif lora.active:
             try:
-                if activation.active and is_gelu_tanh(self.act_fn):
+                if activation.active and activation_unusable(self.act_fn) is None:
                     gate, up, down = projections.read((self.gate_proj, self.up_proj, self.down_proj), x)
                     y = lora_mlp(x, gate, up, down, projections.autocast_dtype(x))
                     lora.fast()

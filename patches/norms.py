@@ -10,7 +10,7 @@ from torch import nn
 
 from fastgemma.kernels.rms_norm import MAX_COLUMNS, rms_norm, rms_norm_residual
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_stock, plain, unusable
+from fastgemma.patches.guards import hooked, is_ours, is_stock, plain, unusable
 
 
 def norm_unusable(norm: nn.Module, x: torch.Tensor) -> str | None:
@@ -57,6 +57,8 @@ def add_normed(op: Op, norm: Any, x: torch.Tensor, residual: torch.Tensor, scala
         kind: Any = type(norm)
         if reason is None and not is_stock(kind):
             reason = "a norm of another class"
+        if reason is None and not is_ours(kind):
+            reason = "another forward of the norms"
         if reason is None and scalar is not None and (scalar.numel() != 1 or scalar.requires_grad):
             reason = "layer scalar with a gradient"
         if reason is None:

@@ -2,9 +2,9 @@
 
 Reading a decoder layer for its operations asks a few hundred questions of its modules, which takes the host longer than
 launching the layer as a graph. The answers stay the same for as long as everything that they can depend on does: the
-modules and their classes, their attributes, hooks, parameters and buffers, and where tensors lie. A snapshot notes all
-of that, so that it need not know which questions were asked. It looks into dicts and lists, not into other objects that
-modules hold, and takes it that nobody replaces the dicts that torch keeps in every module.
+modules, their classes and the forwards of these, their attributes, hooks, parameters and buffers, and where tensors
+lie. A snapshot notes all of that, so that it need not know which questions were asked. It looks into dicts and lists,
+not into other objects that modules hold, and takes it that nobody replaces the dicts that torch keeps in every module.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Snapshot:
     def __init__(self, root: nn.Module) -> None:
         self._modules = [module for module in root.modules() if module is not root]
         self._classes = list(map(type, self._modules))
+        self._kinds: list[Any] = list(dict.fromkeys([type(root), *self._classes]))
+        self._forwards = self._find_forwards()
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._sized: list[Sized] = []
         self._filled: list[dict[Any, Any]] = []
@@ -86,6 +88,9 @@ class Snapshot:
             *self._lists,
         )
 
+    def _find_forwards(self) -> list[Any]:
+        return [kind.forward for kind in self._kinds]
+
     def _find_places(self) -> list[tuple[Any, ...]]:
         # A 4-bit weight's class answers torch functions itself, which would cost more than all the rest.
         with torch._C.DisableTorchFunctionSubclass():
@@ -98,6 +103,7 @@ class Snapshot:
             and _are(self._find_values(), self._values)
             and _are(map(dict.get, self._owners, self._names, itertools.repeat(_MISSING)), self._found)
             and _are(map(type, self._modules), self._classes)
+            and _are(self._find_forwards(), self._forwards)
             and self._find_places() == self._places
         )
 

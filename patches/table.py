@@ -22,14 +22,15 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
     layer_parameters = ("hidden_states", "shared_kv_states", "position_embeddings", "attention_mask", "position_ids")
     head_parameters = ("input_ids", "attention_mask", "labels", "logits_to_keep", "kwargs")
     return [
-        Row(("rms_norm",), module, f"{prefix}RMSNorm.forward", make_norm, ("hidden_states",)),
-        Row(("geglu", "lora"), module, f"{prefix}TextMLP.forward", make_mlp, ("x",)),
+        Row(("rms_norm",), module, f"{prefix}RMSNorm.forward", make_norm, ("hidden_states",), stands_in=True),
+        Row(("geglu", "lora"), module, f"{prefix}TextMLP.forward", make_mlp, ("x",), stands_in=True),
         Row(
             ("rope", "lora", "attention"),
             module,
             f"{prefix}TextAttention.forward",
             make_attention,
             ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states", CACHE),
+            stands_in=True,
         ),
         Row(
             (*PARTS, "attention"),
@@ -37,11 +38,19 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             f"{prefix}TextDecoderLayer.forward",
             make_decoder_layer(lambda: ENGINE),
             layer_parameters,
+            stands_in=True,
         ),
         Row(("cuda_graphs", "attention", *PARTS), module, f"{prefix}TextDecoderLayer.__call__", make_layer_call),
-        Row(("cross_entropy",), module, f"{prefix}ForCausalLM.forward", make_head_forward, head_parameters),
-        Row(
-            ("cross_entropy",), module, f"{prefix}ForConditionalGeneration.forward", make_head_forward, head_parameters
+        *(
+            Row(
+                ("cross_entropy",),
+                module,
+                f"{prefix}{head}.forward",
+                make_head_forward,
+                head_parameters,
+                stands_in=True,
+            )
+            for head in ("ForCausalLM", "ForConditionalGeneration")
         ),
         Row(
             ("fixes", "checkpointing", "attention"),

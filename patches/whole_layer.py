@@ -6,6 +6,7 @@ layer runs in parts, and the part that is not exact counts why.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.patches import projections
 from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_gelu_tanh, is_stock
+from fastgemma.patches.guards import activation_unusable, hooked, is_ours, is_stock
 from fastgemma.patches.norms import norm_unusable
 from fastgemma.patches.projections import Projection, Unsupported
 
@@ -31,7 +32,7 @@ _FEEDFORWARD_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 def _part(layer: nn.Module, name: str) -> Any:
     module: Any = layer._modules.get(name)
     kind: Any = type(module)
-    if not is_stock(kind) or hooked(module):
+    if not is_stock(kind) or hooked(module) or not is_ours(kind):
         raise Unsupported(f"{name} does more than stock's")
     return module
 
@@ -46,6 +47,12 @@ def _norm(layer: nn.Module, name: str, x: torch.Tensor, eps: float | None = None
     if reason is not None:
         raise Unsupported(reason)
     return norm
+
+
+def _check_activation(activation: Any) -> None:
+    reason = activation_unusable(activation)
+    if reason is not None:
+        raise Unsupported(reason)
 
 
 def _autocast(x: torch.Tensor) -> torch.dtype | None:
@@ -84,7 +91,8 @@ def read_before(
     if torch.compiler.is_compiling():
         raise Unsupported("compiling")
     attention = _part(layer, "self_attn")
-    reason = rope_unusable(attention, hidden_states, *position_embeddings)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    reason = rope_unusable(attention, rotate, hidden_states, *position_embeddings)
     if reason is not None:
         raise Unsupported(reason)
     if projections.fused_gemm_is_better(attention._modules["q_proj"], hidden_states):
@@ -128,8 +136,7 @@ def read_after(layer: Any, residual: torch.Tensor, per_layer_input: torch.Tensor
     if getattr(layer, "enable_moe_block", False):
         raise Unsupported("experts")
     mlp = _part(layer, "mlp")
-    if not is_gelu_tanh(mlp.act_fn):
-        raise Unsupported("another activation")
+    _check_activation(mlp.act_fn)
     autocast = _autocast(residual)
     scalar = layer.layer_scalar
     if scalar.numel() != 1 or scalar.requires_grad:
@@ -139,8 +146,9 @@ def read_after(layer: Any, residual: torch.Tensor, per_layer_input: torch.Tensor
     norms = [first, *(_norm(layer, name, residual, eps) for name in _FEEDFORWARD_NORMS)]
     linears = [mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj")]
     if getattr(layer, "hidden_size_per_layer_input", 0):
-        if not is_gelu_tanh(layer.act_fn) or per_layer_input is None or per_layer_input.dtype != residual.dtype:
-            raise Unsupported("another activation or dtype")
+        _check_activation(layer.act_fn)
+        if per_layer_input is None or per_layer_input.dtype != residual.dtype:
+            raise Unsupported("a per-layer input of another dtype")
         norms.append(_norm(layer, "post_per_layer_input_norm", residual, eps))
         linears += [layer._modules["per_layer_input_gate"], layer._modules["per_layer_projection"]]
     elif per_layer_input is not None:

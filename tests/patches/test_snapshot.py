@@ -163,6 +163,17 @@ def test_does_not_hold_after(change: str, layer: Any) -> None:
     assert Snapshot(layer).holds()
 
 
+@pytest.mark.parametrize("path", ["", "input_layernorm", "self_attn"])
+def test_does_not_hold_where_a_class_got_another_forward(
+    path: str, layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = Snapshot(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer.get_submodule(path)), "forward", NOTHING)
+        assert not snapshot.holds()
+    assert snapshot.holds()
+
+
 def test_holds_through_training_steps(layer: Any) -> None:
     """Values change in place, gradients come and go: nothing that a reading depends on."""
     snapshot = Snapshot(layer)

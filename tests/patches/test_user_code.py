@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +164,18 @@ def with_activation() -> nn.Module:
     return model
 
 
+def with_hooked_activation(path: str) -> nn.Module:
+    """Not only another scale, which the norm behind it would take out."""
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append("activation")
+        return output.clamp(min=0.0)
+
+    model = build()
+    model.model.layers[1].get_submodule(path).register_forward_hook(hook)
+    return model
+
+
 def with_dropout(kind: type) -> nn.Module:
     torch.manual_seed(1)
     config = peft.LoraConfig(
@@ -185,6 +199,8 @@ def with_dropout(kind: type) -> nn.Module:
         pytest.param(with_hook, "attention", "hooks that are handed the mask", marks=attends_in_float32),
         (with_model, "cross_entropy", "forward of a subclass: logits may be read"),
         (with_activation, "geglu", "activation OwnActivation"),
+        (lambda: with_hooked_activation("mlp.act_fn"), "geglu", "hooks on an activation"),
+        (lambda: with_hooked_activation("act_fn"), "geglu", "hooks on an activation"),
         (lambda: with_dropout(OwnDropout), "lora", "LoRA dropout of type OwnDropout"),
         (lambda: with_dropout(NoDropout), "lora", "LoRA dropout of type NoDropout"),
     ],
@@ -197,6 +213,8 @@ def with_dropout(kind: type) -> nn.Module:
         "hook",
         "model",
         "activation",
+        "hooked",
+        "hooked-gate",
         "dropout",
         "no-dropout",
     ],
@@ -210,6 +228,77 @@ def test_a_user_s_subclass_runs(make: Callable[[], nn.Module], feature: str, rea
     assert called > 0 and len(calls) == 2 * called
     assert_equal(actual, expected)
     assert reason in reasons[feature]
+
+
+@pytest.mark.parametrize("features", [{}, {"lora": False}, {"rms_norm": False}], ids=["all", "no-lora", "no-norm"])
+def test_hooks_on_all_modules_are_called(features: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        calls.append(type(module).__name__)
+        return output.tanh() if isinstance(module, gemma4.Gemma4RMSNorm) else None
+
+    model = build()
+    calls.clear()
+    with torch.nn.modules.module.register_module_forward_hook(hook):
+        expected = step(model)
+        called = list(calls)
+        calls.clear()
+        with fastgemma.patched(**features):
+            actual = step(model)
+    assert sorted(calls) == sorted(called)  # norms of heads are called behind all projections
+    assert_equal(actual, expected)
+
+
+# Code that somebody put in the place of the library's
+
+
+def _replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another formula in the place of transformers', in the guise of it."""
+    if name == "apply_rotary_pos_emb":
+        owner, attribute = gemma4, name
+    else:
+        owner, attribute = getattr(gemma4, name), "forward"
+    stock = inspect.unwrap(getattr(owner, attribute))
+
+    @functools.wraps(stock)
+    def another(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        out = stock(*args, **kwargs)
+        return (out[0].tanh(), *out[1:]) if isinstance(out, tuple) else out.tanh()
+
+    monkeypatch.setattr(owner, attribute, another)
+
+
+REPLACED = ["Gemma4RMSNorm", "Gemma4TextMLP", "Gemma4TextAttention", "Gemma4TextDecoderLayer", "apply_rotary_pos_emb"]
+
+
+@pytest.mark.parametrize("features", [{}, {"rms_norm": False}], ids=["all", "no-norm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_replaced_runs(
+    name: str, when: str, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    with monkeypatch.context() as patch:
+        _replaced(name, patch)
+        calls.clear()
+        expected = step(model)
+        called = len(calls)
+    calls.clear()
+    if when == "before":
+        with monkeypatch.context() as patch:
+            _replaced(name, patch)
+            with fastgemma.patched(**features):
+                reasons = [str(report.reason) for report in fastgemma.status().values()]
+                actual = step(model)
+        if name != "apply_rotary_pos_emb" and not (name == "Gemma4RMSNorm" and features):
+            assert any("replaced or wrapped before patch()" in reason for reason in reasons)
+    else:
+        with fastgemma.patched(**features), monkeypatch.context() as patch:
+            _replaced(name, patch)
+            actual = step(model)
+    assert called > 0 and len(calls) == called
+    assert_equal(actual, expected)
 
 
 # torch.compile
