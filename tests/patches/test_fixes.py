@@ -16,6 +16,7 @@ import structures
 import torch
 import transformers
 from kernel_checks import FLOAT32_BUDGET, attends_in_float32, relative_error, same_bits
+from quick import slow_after
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -408,7 +409,7 @@ JUMPS = {
 
 @pytest.mark.parametrize("features", [{}, {"attention": True}], ids=["masks", "intervals"])
 @pytest.mark.parametrize("given", ["a mask of ones", "the default cache", "no cache"])
-@pytest.mark.parametrize("positions", JUMPS)
+@pytest.mark.parametrize("positions", slow_after(1, JUMPS))
 def test_positions_that_jump_are_seen_as_by_stock(positions: str, given: str, features: dict[str, Any]) -> None:
     """Without a cache stock itself takes every jump for a new document."""
     model = structures.build("31b").train()

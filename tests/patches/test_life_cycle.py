@@ -19,6 +19,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, relative_error
 from patch_state import counts
+from quick import slow_after
 from torch import nn
 from transformers import Gemma4ForCausalLM
 
@@ -209,7 +210,7 @@ def test_trained_weights_go_back_into_a_stock_model() -> None:
     assert torch.equal(logits(fresh), logits(ours))
 
 
-@pytest.mark.parametrize("size", [structures.VOCAB + 9, structures.VOCAB - 7])
+@pytest.mark.parametrize("size", slow_after(1, [structures.VOCAB + 9, structures.VOCAB - 7]))
 def test_embeddings_resized_between_steps(size: int) -> None:
     def run() -> Results:
         model = build()

@@ -87,6 +87,7 @@ def test_patch_works_at_any_time(order, device):
     assert loss == pytest.approx(reference[0], rel=1e-5) and close(grads, reference[1])
 
 
+@pytest.mark.slow
 def test_several_models_at_once(device):
     models = [structures.build(name).to(device).train() for name in ("e4b", "12b", "26b-a4b")]
     stock = [step(model) for model in models]
@@ -224,6 +225,7 @@ def test_checkpointed_layers_are_recomputed(name, device):
         assert len(runs) == 2
 
 
+@pytest.mark.slow
 def test_backward_twice_and_partial_gradients(device):
     model = lora(structures.build("e2b")).to(device).train()
     _, grads = step(model)

@@ -13,6 +13,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, attends_in_float32, relative_error
 from patch_state import counts
+from quick import slow_after
 from torch import nn
 from transformers import Gemma4ForCausalLM
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
@@ -230,7 +231,9 @@ def test_a_user_s_subclass_runs(make: Callable[[], nn.Module], feature: str, rea
     assert reason in reasons[feature]
 
 
-@pytest.mark.parametrize("features", [{}, {"lora": False}, {"rms_norm": False}], ids=["all", "no-lora", "no-norm"])
+@pytest.mark.parametrize(
+    "features", slow_after(1, [{}, {"lora": False}, {"rms_norm": False}]), ids=["all", "no-lora", "no-norm"]
+)
 def test_hooks_on_all_modules_are_called(features: dict[str, Any]) -> None:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         calls.append(type(module).__name__)
@@ -271,7 +274,7 @@ def _replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 REPLACED = ["Gemma4RMSNorm", "Gemma4TextMLP", "Gemma4TextAttention", "Gemma4TextDecoderLayer", "apply_rotary_pos_emb"]
 
 
-@pytest.mark.parametrize("features", [{}, {"rms_norm": False}], ids=["all", "no-norm"])
+@pytest.mark.parametrize("features", slow_after(1, [{}, {"rms_norm": False}]), ids=["all", "no-norm"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", REPLACED)
 @pytest.mark.filterwarnings("ignore")

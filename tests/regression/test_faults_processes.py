@@ -165,6 +165,7 @@ class Asking(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids, "process": torch.tensor(os.getpid())}
 
 
+@pytest.mark.slow
 @can_fork
 def test_workers_of_a_loader() -> None:
     model = lora(structures.build("e2b", **SHAPE))
@@ -213,6 +214,7 @@ def test_copies_of_a_patched_model_train_alike(tmp_path: Path, quantized: bool) 
 # Threads
 
 
+@pytest.mark.slow
 def test_two_models_trained_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = threading.Lock()  # Triton's interpreter runs one kernel at a time
     get = Kernel.__getitem__

@@ -89,6 +89,7 @@ def logits_along(model: torch.nn.Module, prompt: dict[str, torch.Tensor], tokens
     return torch.stack(steps, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, seeds",
     [pytest.param(torch.float32, 1, id="float32"), pytest.param(torch.bfloat16, 5, id="bfloat16", marks=gpu)],

@@ -468,6 +468,7 @@ def test_without_a_gpu_or_the_interpreter_the_command_line_says_what_to_do(check
         fastgemma.verify(small(), batch())
 
 
+@pytest.mark.slow
 def test_importing_fastgemma_imports_no_transformers():
     code = "import fastgemma, sys; assert fastgemma.verify; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
