@@ -18,7 +18,7 @@ from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.patches import caches, projections
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_known, is_stock, is_transformers_own, plain, unusable
+from fastgemma.patches.guards import for_hooks, hooked, is_known, is_stock, is_transformers_own, plain, unusable
 from fastgemma.patches.interval_masks import IntervalMask, takes_intervals
 
 
@@ -222,6 +222,6 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         output, weights = attend(
             over_intervals, eager, self, query, key, value, attention_mask, shared_kv_states, cache, **kwargs
         )
-        return project([self.o_proj], output)[0], weights
+        return for_hooks(self, project([self.o_proj], output)[0]), weights
 
     return forward

@@ -46,6 +46,12 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def for_hooks(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """A module's output, in memory that its hooks may write to: autograd refuses to let them write to a view that a
+    fused operation returned, such as one part of several."""
+    return output.clone() if output._is_view() and hooked(module) else output
+
+
 @functools.cache
 def is_stock(kind: Any) -> bool:
     """Whether a class is transformers' own: a subclass, or another library's wrapper, may compute something else."""

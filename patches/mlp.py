@@ -11,7 +11,7 @@ from fastgemma.kernels.geglu import geglu
 from fastgemma.kernels.lora_mlp import lora_mlp
 from fastgemma.patches import projections
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import activation_unusable, unusable
+from fastgemma.patches.guards import activation_unusable, for_hooks, unusable
 
 
 def gate_times_up(op: Op, activation: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -54,6 +54,9 @@ def make_mlp(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (lora.active or activation.active):
             return original(self, x)
+        return for_hooks(self, fused(self, x))
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         reason = unusable(x)
         if reason is None and projections.fused_gemm_is_better(self.gate_proj, x):
             reason = "few rows: fused 4-bit product"

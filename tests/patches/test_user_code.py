@@ -231,6 +231,31 @@ def test_a_user_s_subclass_runs(make: Callable[[], nn.Module], feature: str, rea
     assert reason in reasons[feature]
 
 
+@pytest.mark.parametrize("adapted", slow_after(1, [True, False]))
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm", "post_feedforward_layernorm"])
+def test_hooks_that_write_to_an_output(part: str, adapted: bool) -> None:
+    """As steering vectors do."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(part)
+        (output[0] if isinstance(output, tuple) else output).add_(0.1)
+
+    model = build()
+    if adapted:
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    for name, module in model.named_modules():
+        if name.endswith(f"layers.1.{part}"):
+            module.register_forward_hook(hook)
+    calls.clear()
+    expected = step(model)
+    called = len(calls)
+    actual, _ = patched_step(model)
+    assert called > 0 and len(calls) == 2 * called
+    assert_equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     "features", slow_after(1, [{}, {"lora": False}, {"rms_norm": False}]), ids=["all", "no-lora", "no-norm"]
 )
