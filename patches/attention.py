@@ -19,7 +19,7 @@ from fastgemma.kernels.qk_norm_rope import qk_norm_rope
 from fastgemma.patches import caches, projections
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import for_hooks, hooked, is_known, is_stock, is_transformers_own, plain, unusable
-from fastgemma.patches.interval_masks import IntervalMask, takes_intervals
+from fastgemma.patches.interval_masks import IntervalMask
 
 
 def rotary_dim(attention: Any) -> int:
@@ -201,7 +201,6 @@ def make_attention(original: Callable[..., Any], ops: dict[str, Op]) -> Callable
         k = module.apply_rotary_pos_emb(attention.k_norm(k), cos, sin, unsqueeze_dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), attention.v_norm(v).transpose(1, 2)
 
-    @takes_intervals
     def forward(
         self,
         hidden_states: torch.Tensor,

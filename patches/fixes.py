@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastgemma.patches.caches import CACHE, cache_of
-from fastgemma.patches.engine import Op, PatchError
+from fastgemma.patches.engine import Op, PatchError, replacements
 from fastgemma.patches.families import is_gemma4
+from fastgemma.patches.guards import is_transformers_own
 from fastgemma.patches.host_copies import host_copy
 from fastgemma.patches.interval_masks import IntervalMasks, document_starts, wants_apart
 from fastgemma.patches.per_layer_inputs import inside_forward
@@ -108,7 +109,7 @@ def _packed_masks(model: Any, given: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if position_ids.dim() != 2 or not (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
         return None
-    starts = document_starts(position_ids)
+    starts = document_starts(position_ids, mask)
     if not bool(starts.any()):
         return None  # every row is one document
     documents = starts.cumsum(-1).expand(reference.shape[0], -1)
@@ -133,8 +134,9 @@ def _kept_apart(model: Any, given: dict[str, Any]) -> bool:
     """Whether intervals keep documents apart that stock would not, where the host knows the positions."""
     if not wants_apart(model, given):
         return False
-    position_ids = host_copy(given["position_ids"])
-    return position_ids is not None and bool(document_starts(position_ids).any())
+    position_ids, mask = host_copy(given["position_ids"]), given.get("attention_mask")
+    mask = None if mask is None else host_copy(mask)
+    return position_ids is not None and bool(document_starts(position_ids, mask).any())
 
 
 def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:
@@ -142,6 +144,8 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
     fixes, checkpointing, attention = ops["fixes"], ops.get("checkpointing"), ops["attention"]
     intervals = IntervalMasks()
     attention.release = intervals.clear
+    # What somebody has wrapped around it would be handed masks that are no tensors.
+    known = is_transformers_own(original) or original in replacements
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -157,6 +161,8 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
             try:
                 if args:
                     raise Unsupported("positional arguments")
+                if not known:
+                    raise Unsupported("another forward of the model")
                 masks: Any = intervals.find(self, kwargs, keep_apart=fixes.active)
             except Unsupported as unsupported:
                 attention.fallback(str(unsupported))

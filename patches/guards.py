@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastgemma.kernels.backend import HAS_TRITON, interpreting
 from fastgemma.patches.engine import directory_of, replacements, written_in
 
-_TRANSFORMERS = directory_of(transformers)
+_TORCH, _TRANSFORMERS = directory_of(torch), directory_of(transformers)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,4 +89,6 @@ def activation_unusable(activation: Any) -> str | None:
     tanh = activation.approximate == "tanh" if kind is nn.GELU else kind.__name__ in ("GELUTanh", "PytorchGELUTanh")
     if not tanh:
         return f"activation {kind.__name__}"
+    if not written_in(kind.forward, _TORCH if kind is nn.GELU else _TRANSFORMERS):
+        return "another forward of the activation"
     return "hooks on an activation" if hooked(activation) else None

@@ -7,6 +7,7 @@ makes such a dict from what a forward was given, or raises `Unsupported`: then s
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.patches.caches import RENAMED, cache_of
 from fastgemma.patches.families import FAMILIES
-from fastgemma.patches.guards import is_transformers
+from fastgemma.patches.guards import is_ours, is_transformers, is_transformers_own
 from fastgemma.patches.host_copies import host_copy
 from fastgemma.patches.projections import Unsupported
 
@@ -59,12 +60,6 @@ class IntervalMask:
         if implementation != "eager":
             return keep
         return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~keep, torch.finfo(query.dtype).min)
-
-
-def takes_intervals(attend: Any) -> Any:
-    """Marks a `forward` of an attention class that understands `IntervalMask`."""
-    attend.takes_intervals = True
-    return attend
 
 
 def _shows_mask(module: nn.Module) -> bool:
@@ -110,7 +105,7 @@ class IntervalMasks:
         config = model.config.get_text_config()
         padding = _padding(given.get("attention_mask"), batch, seq_len, config._attn_implementation)
         by_runs = why_efficient_attention(reference.device) is not None
-        documents = _documents(model, given, batch, keep_apart, on_host=by_runs)
+        documents = _documents(model, given, batch, padding, keep_apart, on_host=by_runs)
         blocks, everywhere = _blocks(model, config, given, reference)
         if by_runs and not (padding is None and blocks is None):
             # Rows of padding on the right would attend to padding: stock's loss counts them where they have labels.
@@ -206,15 +201,18 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
         raise Unsupported("another text model")
     for layer in text_model.layers:
         layer = layer._modules.get("_checkpoint_wrapped_module", layer)  # torch's CheckpointWrapper
-        if not is_transformers(layer.forward):
+        if not is_transformers(layer.forward) or not is_ours(type(layer)):
             raise Unsupported("another decoder layer")
         attention = layer.self_attn
         if _shows_mask(layer) or _shows_mask(attention):
             raise Unsupported("hooks that are handed the mask")
-        if not getattr(type(attention).forward, "takes_intervals", False) or "forward" in attention.__dict__:
+        if not is_ours(type(attention)) or "forward" in attention.__dict__:
             raise Unsupported("another attention")
         if not attention.is_causal:
             raise Unsupported("bidirectional attention")
+        module: Any = sys.modules[type(attention).forward.__module__]
+        if implementation == "eager" and not is_transformers_own(module.eager_attention_forward):
+            raise Unsupported("another eager_attention_forward")
         if attention.attention_dropout and attention.training:
             raise Unsupported("attention dropout")
 
@@ -267,19 +265,23 @@ def wants_apart(model: Any, given: Mapping[str, Any]) -> bool:
     )
 
 
-def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where packed documents begin, but for each row's first: at a position of 0 that does not follow -1.
+def document_starts(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Where packed documents begin, but for each row's first: at a token's position of 0 behind another position.
 
     Stock, where it looks for documents, takes any step but one to the next position for a new one. Where it does not
     look, positions that jump (as in training for longer contexts), padding's, and those that are all 0 are but angles.
+
+    Args:
+        position_ids: [1 or batch, seq_len]; below 0 are no positions.
+        mask: [batch, seq_len], 0 where there is padding; None where there is none.
     """
-    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     zero = position_ids == 0
-    return (steps != 1) & zero & ~zero.all(-1, keepdim=True)
+    starts = zero & ((position_ids >= 0).cumsum(-1) > 1) & ~zero.all(-1, keepdim=True)
+    return starts if mask is None else starts & (mask != 0).to(starts.device)
 
 
 def _documents(
-    model: Any, given: Mapping[str, Any], batch: int, keep_apart: bool, on_host: bool
+    model: Any, given: Mapping[str, Any], batch: int, padding: torch.Tensor | None, keep_apart: bool, on_host: bool
 ) -> torch.Tensor | None:
     """[batch, seq_len], a new number from where a document starts; or None.
 
@@ -306,7 +308,7 @@ def _documents(
     if stock_finds_them:
         starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
     else:
-        starts = document_starts(position_ids)
+        starts = document_starts(position_ids, padding)
     return starts.cumsum(-1).expand(batch, -1)
 
 

@@ -13,6 +13,7 @@ Recording waits until it pays: for a shape that comes often, after its first cal
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.workspace import card_bytes
 from fastgemma.patches.attention import attend, count_attention
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_stock, unusable
+from fastgemma.patches.guards import hooked, is_ours, is_stock, is_transformers_own, unusable
 from fastgemma.patches.interval_masks import IntervalMask
 from fastgemma.patches.layer_calls import call_noted, plainly_checkpointed
 from fastgemma.patches.layer_recordings import IntervalForm, LayerGraphs
@@ -79,8 +80,10 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         if reason is not None:
             raise Unsupported(reason)
         kind: Any = type(layer)
-        if not is_stock(kind) or layer._compiled_call_impl is not None:
+        if not is_stock(kind) or not is_ours(kind) or layer._compiled_call_impl is not None:
             raise Unsupported("a layer whose own call is not stock's")
+        if not is_transformers_own(sys.modules[kind.__module__].apply_rotary_pos_emb):  # type: ignore[attr-defined]
+            raise Unsupported("another apply_rotary_pos_emb")
         if hooked(layer) or torch.is_anomaly_enabled():
             raise Unsupported("hooks on the layer, or anomaly detection")
         if not plainly_checkpointed(layer):

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked
+from fastgemma.patches.guards import hooked, is_known, is_stock
 
 _ALL, _FROM_THE_FIRST = slice(None), slice(0, None)
 
@@ -90,12 +92,37 @@ def inside_forward(given: Mapping[str, Any]) -> Iterator[None]:
         _this_thread.depth -= 1
 
 
-def _given_embeddings(model: Any) -> Iterator[nn.Module]:
-    """The modules of a text model that are called with its embeddings."""
+def _first_layer(model: Any) -> Iterator[Any]:
+    """What of a text model's first layer is called with the embeddings."""
     first = model.layers[0]
-    inner = first._modules.get("_checkpoint_wrapped_module", first)  # torch's CheckpointWrapper
-    yield from (first, inner, inner.input_layernorm, model.rotary_emb)
-    yield from (model.per_layer_model_projection, model.per_layer_projection_norm)
+    if type(first) is CheckpointWrapper:
+        if hooked(first):
+            yield first
+        first = first._modules["_checkpoint_wrapped_module"]
+    yield first
+    kind: Any = type(first)
+    if is_stock(kind):  # another module may have nothing of that name
+        yield first.input_layernorm
+
+
+def _passes_on(module: Any) -> bool:
+    """Whether a module that is called with the embeddings is known not to hand them out, or keep them.
+
+    transformers records hidden states by hooks on layers, or by forwards of their own.
+    """
+    kind: Any = type(module)
+    # FSDP2 makes a class of its own of a module's.
+    own: Any = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
+    return is_stock(own) and kind.forward is own.forward and is_known(kind) and not _read_by_hooks(module)
+
+
+def _read_by_hooks(module: nn.Module) -> bool:
+    """Whether hooks of others than sharding's may read what the module is given."""
+    if "forward" in module.__dict__ or _has_any_global_hook():
+        return True
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (hook for kind in kinds for hook in kind.values())
+    return not all(str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
 
 
 def _nobody_reads_their_gradient(model: Any, inputs_embeds: Any, from_tokens: Any) -> bool:
@@ -113,11 +140,12 @@ def _nobody_reads_their_gradient(model: Any, inputs_embeds: Any, from_tokens: An
     names = (getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values())
     if not all(name in ("make_inputs_require_grads", "make_inputs_require_grad") for name in names):
         return False
-    # transformers records hidden states by hooks on the layers, or by forwards of their own.
-    if any(map(hooked, _given_embeddings(model))):
+    if not all(map(_passes_on, [model, model.rotary_emb, *_first_layer(model)])):
         return False
     between = (model.per_layer_model_projection, model.per_layer_projection_norm)
-    return not any(parameter.requires_grad for module in between for parameter in module.parameters())
+    return not any(map(_read_by_hooks, between)) and not any(
+        parameter.requires_grad for module in between for parameter in module.parameters()
+    )
 
 
 def make_projection(original: Callable[..., Any], ops: dict[str, Op]) -> Callable[..., Any]:

@@ -378,6 +378,24 @@ def test_packed_documents_with_padding_behind_them() -> None:
     assert relative_error(ours[:, : ids.shape[1]], expected) <= FLOAT32_BUDGET
 
 
+@pytest.mark.parametrize("features", [{}, {"attention": True}], ids=["masks", "intervals"])
+def test_packed_documents_with_padding_between_them(features: dict[str, Any]) -> None:
+    """Padding of no position."""
+    model = structures.build("e2b").train()
+    lengths = (6, 7)
+    ids = torch.randint(3, structures.VOCAB, (1, sum(lengths) + 2))
+    gap = torch.full((2,), -1)
+    position_ids = torch.cat([torch.arange(lengths[0]), gap, torch.arange(lengths[1])])[None]
+    with torch.no_grad():
+        alone = model(ids[:, -lengths[1] :], use_cache=False).logits
+        with fastgemma.patched(**{**FIXES, **features}):
+            for mask in ((position_ids >= 0).long(), None):
+                if mask is not None and features:
+                    continue  # padding between tokens is not for intervals
+                ours = model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
+                assert relative_error(ours[:, -lengths[1] :], alone) <= FLOAT32_BUDGET
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["e2b", "12b", "26b-a4b"])
 def test_padded_rows_with_position_ids_are_unchanged(name: str, side: str) -> None:
@@ -435,14 +453,15 @@ def masked(features: dict[str, Any], model: nn.Module, **inputs: Any) -> int:
     return fastgemma.status()["fixes"].fast_calls - before
 
 
+@pytest.mark.parametrize("filling", [1, 0])
 @pytest.mark.parametrize("features", [{}, {"attention": True}], ids=["masks", "intervals"])
-def test_labels_on_padding_with_positions_of_1(features: dict[str, Any]) -> None:
-    """As generate numbers padding: its logits count in stock's loss where labels are not masked."""
+def test_labels_on_padding_with_positions(features: dict[str, Any], filling: int) -> None:
+    """1, as generate numbers padding, or 0: its logits count in stock's loss where labels are not masked."""
     model = structures.build("e2b").train()
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     ids = torch.randint(3, structures.VOCAB, mask.shape)
-    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filling)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
     stock = model(**inputs).logits
     with fastgemma.patched(**{**FIXES, **features}):

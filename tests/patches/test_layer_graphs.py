@@ -16,6 +16,7 @@ from graph_stand_in import DEVICE, graphs  # noqa: F401
 from peft import LoraConfig, get_peft_model
 from quick import slow_after
 from torch import nn
+from transformers.models.gemma4 import modeling_gemma4
 
 import fastgemma
 from fastgemma.kernels import graph_replay, lora_mlp
@@ -243,6 +244,26 @@ def test_a_changed_layer_is_recorded_anew(change: Callable[[nn.Module], None], w
         for _ in range(4):
             assert_same(step(warm), expected)
         assert counts()[0] > 0
+
+
+@pytest.mark.parametrize("name", ["forward", "apply_rotary_pos_emb"])
+def test_what_was_replaced_is_not_replayed(name: str, warm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    owner: Any = modeling_gemma4.Gemma4TextDecoderLayer if name == "forward" else modeling_gemma4
+    ours = getattr(owner, name)
+
+    def another(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(name)
+        return ours(*args, **kwargs).tanh()
+
+    before = step(warm)
+    fast, _ = counts()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, another)
+        for _ in range(4):
+            assert not torch.equal(step(warm)["loss"], before["loss"])
+    assert calls and counts()[0] == fast
+    assert_same(step(warm), before)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import structures
 import torch
 from kernel_checks import same_bits
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgemma
@@ -162,12 +163,27 @@ READERS = [
     "model.layers.0.input_layernorm",
     "model.rotary_emb",
     "model.per_layer_model_projection",
+    "a subclass of the layer",
+    "the layer's class",
+    "a module around the layer",
     "compared",
 ]
 
 
+class Around(nn.Module):
+    """A layer with something of the user's around it, and nothing that a layer has."""
+
+    def __init__(self, layer: nn.Module, caught: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.caught = layer, caught
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.caught.append(hidden_states)
+        return self.layer(hidden_states, *args, **kwargs)
+
+
 @pytest.mark.parametrize("why", READERS)
-def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> None:
+def test_gradient_where_somebody_reads_it(why: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(
         **({"target_modules": ["q_proj", "per_layer_model_projection"]} if why == "adapted projection" else {})
     ).to(device)
@@ -186,6 +202,21 @@ def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> Non
         text.get_submodule(why.removeprefix("model.")).register_forward_pre_hook(
             lambda module, given: caught.append(given[0])
         )
+    first = text.layers[0]
+    if "layer" in why and not why.startswith("model."):
+        stock_forward = type(first).forward
+
+        def reading(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self is first:
+                caught.append(hidden_states)
+            return stock_forward(self, hidden_states, *args, **kwargs)
+
+        if why == "a subclass of the layer":
+            first.__class__ = type("Own", (type(first),), {"forward": reading})
+        elif why == "the layer's class":
+            monkeypatch.setattr(type(first), "forward", reading)
+        else:
+            text.layers[0] = Around(first, caught)
     if why == "own embeddings":
         ids = inputs.pop("input_ids")
         with torch.no_grad():
@@ -211,6 +242,27 @@ def test_gradient_where_somebody_reads_it(why: str, device: torch.device) -> Non
         ours = both()
     assert any(x.requires_grad for x in seen) == (why != "compared")  # what the others differ from
     assert stock.keys() == ours.keys() and all(same_bits(stock[key], ours[key]) for key in stock)
+
+
+def test_gradient_where_a_hook_on_a_multimodal_model_s_text_model_reads_it(device: torch.device) -> None:
+    model: Any = structures.multimodal().to(device).train()
+    model.requires_grad_(False)
+    model.model.language_model.layers.requires_grad_(True)
+    model.enable_input_require_grads()
+    caught: list[torch.Tensor] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    inputs = structures.batch("padding", device=device)
+
+    def read() -> torch.Tensor:
+        step(model, inputs)
+        assert caught[-1].grad is not None
+        return caught[-1].grad
+
+    stock = read()
+    with fastgemma.patched(**ON):
+        assert same_bits(read(), stock)
 
 
 def test_a_multimodal_forward_stays_one_by_keywords(device: torch.device) -> None:

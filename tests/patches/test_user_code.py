@@ -296,6 +296,75 @@ def _replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, attribute, another)
 
 
+def test_another_forward_of_an_activation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    kind = type(model.model.layers[0].mlp.act_fn)
+    stock = kind.forward
+
+    def another(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append("activation")
+        return stock(self, x).clamp(min=0.0)
+
+    monkeypatch.setattr(kind, "forward", another)
+    calls.clear()
+    expected = step(model)
+    called = len(calls)
+    actual, reasons = patched_step(model)
+    assert called > 0 and len(calls) == 2 * called
+    assert_equal(actual, expected)
+    assert "another forward of the activation" in reasons["geglu"]
+
+
+@attends_in_float32
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["Gemma4TextDecoderLayer", "Gemma4TextAttention", "Gemma4TextModel"])
+def test_wrappers_are_handed_no_intervals(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wraps a class's forward may read the mask that it is given."""
+    kind = getattr(gemma4, name)
+
+    def wrap(patch: pytest.MonkeyPatch) -> None:
+        wrapped = kind.forward
+
+        @functools.wraps(wrapped)
+        def reading(self: Any, *args: Any, **kwargs: Any) -> Any:
+            mask = args[2] if name == "Gemma4TextAttention" and len(args) > 2 else kwargs["attention_mask"]
+            calls.append(type(mask).__name__)
+            return wrapped(self, *args, **kwargs)
+
+        patch.setattr(kind, "forward", reading)
+
+    model = build()
+    calls.clear()
+    if when == "before":
+        wrap(monkeypatch)
+        patched_step(model)
+    else:
+        with fastgemma.patched(), monkeypatch.context() as patch:
+            wrap(patch)
+            step(model)
+    assert calls and set(calls) <= {"Tensor", "NoneType"}
+
+
+@attends_in_float32
+def test_another_eager_attention_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(attn_implementation="eager")
+    stock = gemma4.eager_attention_forward
+
+    def another(*args: Any, **kwargs: Any) -> Any:
+        calls.append("eager")
+        output, weights = stock(*args, **kwargs)
+        return output.tanh(), weights
+
+    monkeypatch.setattr(gemma4, "eager_attention_forward", another)
+    calls.clear()
+    expected = step(model)
+    called = len(calls)
+    actual, reasons = patched_step(model)
+    assert called > 0 and len(calls) == 2 * called
+    assert_equal(actual, expected)
+    assert "another eager_attention_forward" in reasons["attention"]
+
+
 REPLACED = ["Gemma4RMSNorm", "Gemma4TextMLP", "Gemma4TextAttention", "Gemma4TextDecoderLayer", "apply_rotary_pos_emb"]
 
 
