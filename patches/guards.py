@@ -69,7 +69,9 @@ def is_known(kind: Any) -> bool:
 
 
 def is_transformers_own(function: Any) -> bool:
-    """Whether a function is written in transformers, and not only a wrapper of one that is."""
+    """Whether a function is written in transformers, and not only a wrapper of one that is, unless that is torch's."""
+    while written_in(function, _TORCH) and hasattr(function, "__wrapped__"):  # such as no_grad
+        function = function.__wrapped__
     return written_in(function, _TRANSFORMERS)
 
 
