@@ -49,6 +49,8 @@ def hooked(module: nn.Module) -> bool:
 def for_hooks(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
     """A module's output, in memory that its hooks may write to: autograd refuses to let them write to a view that a
     fused operation returned, such as one part of several."""
+    if torch.compiler.is_compiling():  # stock code, whose outputs are its own
+        return output
     return output.clone() if output._is_view() and hooked(module) else output
 
 

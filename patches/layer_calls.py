@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from fastgemma.patches.guards import hooked, is_stock
@@ -74,7 +73,6 @@ def _unread(layer: Any) -> bool:
         and kind.forward in _takers  # not wrapped by anybody
         and layer._compiled_call_impl is None
         and not hooked(layer)
-        and not _has_any_global_hook()
     )
 
 
