@@ -15,7 +15,7 @@ from fastgemma.patches import whole_layer
 from fastgemma.patches.attention import attend
 from fastgemma.patches.caches import CACHE, cache_of, without_cache
 from fastgemma.patches.engine import Engine, Op, PatchError
-from fastgemma.patches.layer_calls import LayerCall, note_of, takes_notes
+from fastgemma.patches.layer_calls import LayerCall, note_of
 from fastgemma.patches.mlp import gate_times_up, project_one
 from fastgemma.patches.norms import add_normed
 from fastgemma.patches.projections import Unsupported
@@ -127,10 +127,10 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             return hidden_states
 
         if original is decorated:
-            return takes_notes(forward)
+            return forward
         # Where transformers checkpoints inside `forward` rather than around it (as 5.23 does), it wraps the method when
         # a layer class is defined; defining one wraps ours with the same code.
-        return takes_notes(vars(type("PatchedLayer", (GradientCheckpointingLayer,), {"forward": forward}))["forward"])
+        return vars(type("PatchedLayer", (GradientCheckpointingLayer,), {"forward": forward}))["forward"]
 
     return make
 

@@ -8,16 +8,14 @@ from then on recomputes it. A checkpoint of the user's own around several layers
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from fastgemma.patches.guards import hooked, is_stock
+from fastgemma.patches.guards import hooked, is_ours, is_stock
 
 _NAME = "_fastgemma_call"
-_takers: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
 class LayerCall:
@@ -31,12 +29,6 @@ class LayerCall:
     def recomputes_for_gradients(self, layer: Any) -> bool:
         """Whether a forward of this call is its recomputation, and nobody reads its output now."""
         return self.over and _unread(layer)
-
-
-def takes_notes(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a layer class's forward as one that takes the note out of its arguments, by `note_of`."""
-    _takers.add(forward)
-    return forward
 
 
 def note_of(kwargs: dict[str, Any]) -> LayerCall | None:
@@ -68,12 +60,7 @@ def _offloads(layer: Any) -> bool:
 def _unread(layer: Any) -> bool:
     """Whether what lies between the checkpoint and our forward hands its output on, and does nothing else with it."""
     kind: Any = type(layer)
-    return (
-        is_stock(kind)
-        and kind.forward in _takers  # not wrapped by anybody
-        and layer._compiled_call_impl is None
-        and not hooked(layer)
-    )
+    return is_stock(kind) and is_ours(kind) and layer._compiled_call_impl is None and not hooked(layer)
 
 
 def call_noted(original: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
