@@ -60,9 +60,23 @@ def is_stock(kind: Any) -> bool:
     return kind.__module__.startswith("transformers.models.gemma4")
 
 
+def _beneath(function: Any) -> Any:
+    """What transformers' own wrappers and torch's, such as no_grad, lead to: ours, stock's, or somebody's code.
+
+    transformers also wraps the method of a subclass when that is defined, as FSDP2 defines one for a layer.
+    """
+    while (
+        function not in replacements
+        and hasattr(function, "__wrapped__")
+        and (written_in(function, _TRANSFORMERS) or written_in(function, _TORCH))
+    ):
+        function = function.__wrapped__
+    return function
+
+
 def is_ours(kind: Any) -> bool:
     """Whether the forward of a class is what a row put there: not refused, and neither replaced nor wrapped since."""
-    return kind.forward in replacements
+    return _beneath(kind.forward) in replacements
 
 
 def is_known(kind: Any) -> bool:
@@ -71,10 +85,8 @@ def is_known(kind: Any) -> bool:
 
 
 def is_transformers_own(function: Any) -> bool:
-    """Whether a function is written in transformers, and not only a wrapper of one that is, unless that is torch's."""
-    while written_in(function, _TORCH) and hasattr(function, "__wrapped__"):  # such as no_grad
-        function = function.__wrapped__
-    return written_in(function, _TRANSFORMERS)
+    """Whether a function is written in transformers, and not only a wrapper of one that is."""
+    return written_in(_beneath(function), _TRANSFORMERS)
 
 
 def is_transformers(function: Any) -> bool:

@@ -23,7 +23,7 @@ from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.patches.caches import RENAMED, cache_of
 from fastgemma.patches.families import FAMILIES
-from fastgemma.patches.guards import is_ours, is_transformers, is_transformers_own
+from fastgemma.patches.guards import is_known, is_ours, is_transformers, is_transformers_own
 from fastgemma.patches.host_copies import host_copy
 from fastgemma.patches.projections import Unsupported
 
@@ -201,7 +201,7 @@ def _check(model: Any, given: Mapping[str, Any], reference: torch.Tensor) -> Non
         raise Unsupported("another text model")
     for layer in text_model.layers:
         layer = layer._modules.get("_checkpoint_wrapped_module", layer)  # torch's CheckpointWrapper
-        if not is_transformers(layer.forward) or not is_ours(type(layer)):
+        if not is_transformers(layer.forward) or not is_known(type(layer)):
             raise Unsupported("another decoder layer")
         attention = layer.self_attn
         if _shows_mask(layer) or _shows_mask(attention):

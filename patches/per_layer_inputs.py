@@ -113,7 +113,7 @@ def _passes_on(module: Any) -> bool:
     kind: Any = type(module)
     # FSDP2 makes a class of its own of a module's.
     own: Any = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
-    return is_stock(own) and kind.forward is own.forward and is_known(kind) and not _read_by_hooks(module)
+    return is_stock(own) and is_known(kind) and not _read_by_hooks(module)
 
 
 def _read_by_hooks(module: nn.Module) -> bool:

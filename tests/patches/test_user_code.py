@@ -276,6 +276,43 @@ def test_hooks_on_all_modules_are_called(features: dict[str, Any]) -> None:
     assert_equal(actual, expected)
 
 
+@attends_in_float32
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layers_of_a_sharded_class_attend_as_others(when: str) -> None:
+    """As FSDP2 makes one, with hooks of its own."""
+    model = build()
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    model.enable_input_require_grads()
+    expected = step(model)
+
+    def hook(module: nn.Module, *args: Any) -> None:
+        calls.append("sharding")
+
+    def shard() -> None:
+        for layer in model.model.layers:
+            kind: Any = type(layer)
+            layer.__class__ = type(f"FSDP{kind.__name__}", (kind,), {"__module__": "torch.distributed.fsdp"})
+            layer.register_forward_pre_hook(hook)
+
+    hook.__module__ = "torch.distributed.fsdp"
+    seen: list[bool] = []
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[1].requires_grad))
+    calls.clear()
+    if when == "before":
+        shard()
+    before = counts()
+    with fastgemma.patched():
+        if when == "after":
+            shard()
+        actual = step(model)
+    assert_equal(actual, expected)
+    assert calls and counts()["attention"][0] > before["attention"][0]
+    assert counts()["attention"][1] == before["attention"][1]
+    assert seen and not any(seen), "a gradient of per-layer inputs that nobody reads"
+
+
 # Code that somebody put in the place of the library's
 
 
