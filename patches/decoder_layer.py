@@ -15,6 +15,7 @@ from fastgemma.patches import whole_layer
 from fastgemma.patches.attention import attend
 from fastgemma.patches.caches import CACHE, cache_of, without_cache
 from fastgemma.patches.engine import Engine, Op, PatchError
+from fastgemma.patches.guards import recomputing
 from fastgemma.patches.layer_calls import LayerCall, note_of
 from fastgemma.patches.mlp import gate_times_up, project_one
 from fastgemma.patches.norms import add_normed
@@ -116,7 +117,8 @@ def make_decoder_layer(engine: Callable[[], Engine]) -> Callable[..., Callable[.
             kwargs = {**_DEFAULTS, **kwargs, **dict(zip(names, args))}
 
             if norms.active and activation.active and lora.active and rope.active:
-                whole = in_two_operations(self, hidden_states, per_layer_input, kwargs, call)
+                with recomputing(call is not None and call.over):
+                    whole = in_two_operations(self, hidden_states, per_layer_input, kwargs, call)
                 hidden_states = in_parts(self, hidden_states, per_layer_input, kwargs) if whole is None else whole
             else:
                 hidden_states = in_parts(self, hidden_states, per_layer_input, kwargs)

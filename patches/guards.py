@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +36,24 @@ def unusable(tensor: torch.Tensor) -> str | None:
     return None
 
 
+class _ThisThread(threading.local):
+    recomputes = False
+
+
+_this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def recomputing(whether: bool) -> Iterator[None]:
+    """The recomputation of a checkpointed layer takes the path of its forward: hooks on all modules that came in
+    between are not asked for."""
+    before, _this_thread.recomputes = _this_thread.recomputes, whether
+    try:
+        yield
+    finally:
+        _this_thread.recomputes = before
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, of its own or of all modules, or a forward
     set on the instance."""
@@ -42,7 +63,7 @@ def hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
+        or (not _this_thread.recomputes and _has_any_global_hook())
     )
 
 

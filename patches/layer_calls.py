@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from fastgemma.patches.guards import hooked, is_ours, is_stock
@@ -60,7 +61,13 @@ def _offloads(layer: Any) -> bool:
 def _unread(layer: Any) -> bool:
     """Whether what lies between the checkpoint and our forward hands its output on, and does nothing else with it."""
     kind: Any = type(layer)
-    return is_stock(kind) and is_ours(kind) and layer._compiled_call_impl is None and not hooked(layer)
+    return (
+        is_stock(kind)
+        and is_ours(kind)
+        and layer._compiled_call_impl is None
+        and not hooked(layer)
+        and not _has_any_global_hook()
+    )
 
 
 def call_noted(original: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -163,10 +163,10 @@ def test_packed_rows_are_asked_of_the_host_copy() -> None:
     moved = host.to("meta")
     given = {"position_ids": moved, "use_cache": False}
     with pytest.raises(Unsupported, match="before they were on the GPU"):
-        interval_masks._documents(model, given, 1, True, on_host=True)
-    assert interval_masks._documents(model, given, 1, True, on_host=False).device.type == "meta"
+        interval_masks._documents(model, given, 1, None, True, on_host=True)
+    assert interval_masks._documents(model, given, 1, None, True, on_host=False).device.type == "meta"
     host_copies.remember(moved, host)
-    found = interval_masks._documents(model, given, 1, True, on_host=True)
+    found = interval_masks._documents(model, given, 1, None, True, on_host=True)
     assert found is not None and found.diff().nonzero()[:, 1].tolist() == [5, 6, 15]
 
 
@@ -175,7 +175,7 @@ def test_where_stock_would_mix_documents_the_gpu_is_waited_for(monkeypatch: pyte
     model = structures.build("e2b").train().model
     monkeypatch.setattr(interval_masks, "host_copy", lambda tensor: None)
     given = {"position_ids": structures.batch("packing")["position_ids"], "use_cache": True}
-    found = interval_masks._documents(model, given, 1, True, on_host=True)
+    found = interval_masks._documents(model, given, 1, None, True, on_host=True)
     assert found is not None and found.device.type == "cpu" and found.diff().nonzero()[:, 1].tolist() == [5, 6, 15]
 
 
