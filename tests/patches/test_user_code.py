@@ -63,9 +63,21 @@ def assert_equal(actual: Results, expected: Results, budget: float = FLOAT32_BUD
         assert error <= budget, f"{name}: relative error {error:.2e}"
 
 
-# Classes
-
 calls: list[str] = []
+
+
+def runs_as_in_stock(model: nn.Module) -> dict[str, set[str]]:
+    """Asserts that what writes down its `calls` is called as often, to the same results; the reasons of fallbacks."""
+    calls.clear()
+    expected = step(model)
+    called = len(calls)
+    actual, reasons = patched_step(model)
+    assert called > 0 and len(calls) == 2 * called
+    assert_equal(actual, expected)
+    return reasons
+
+
+# Classes
 
 
 class OwnNorm(gemma4.Gemma4RMSNorm):
@@ -222,12 +234,7 @@ def with_dropout(kind: type) -> nn.Module:
 )
 def test_a_user_s_subclass_runs(make: Callable[[], nn.Module], feature: str, reason: str) -> None:
     model = make()
-    calls.clear()
-    expected = step(model)
-    called = len(calls)
-    actual, reasons = patched_step(model)
-    assert called > 0 and len(calls) == 2 * called
-    assert_equal(actual, expected)
+    reasons = runs_as_in_stock(model)
     assert reason in reasons[feature]
 
 
@@ -248,12 +255,7 @@ def test_hooks_that_write_to_an_output(part: str, adapted: bool) -> None:
     for name, module in model.named_modules():
         if name.endswith(f"layers.1.{part}"):
             module.register_forward_hook(hook)
-    calls.clear()
-    expected = step(model)
-    called = len(calls)
-    actual, _ = patched_step(model)
-    assert called > 0 and len(calls) == 2 * called
-    assert_equal(actual, expected)
+    runs_as_in_stock(model)
 
 
 @pytest.mark.parametrize(
@@ -343,12 +345,7 @@ def test_another_forward_of_an_activation_runs(monkeypatch: pytest.MonkeyPatch) 
         return stock(self, x).clamp(min=0.0)
 
     monkeypatch.setattr(kind, "forward", another)
-    calls.clear()
-    expected = step(model)
-    called = len(calls)
-    actual, reasons = patched_step(model)
-    assert called > 0 and len(calls) == 2 * called
-    assert_equal(actual, expected)
+    reasons = runs_as_in_stock(model)
     assert "another forward of the activation" in reasons["geglu"]
 
 
@@ -393,12 +390,7 @@ def test_another_eager_attention_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return output.tanh(), weights
 
     monkeypatch.setattr(gemma4, "eager_attention_forward", another)
-    calls.clear()
-    expected = step(model)
-    called = len(calls)
-    actual, reasons = patched_step(model)
-    assert called > 0 and len(calls) == 2 * called
-    assert_equal(actual, expected)
+    reasons = runs_as_in_stock(model)
     assert "another eager_attention_forward" in reasons["attention"]
 
 
