@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,11 @@ def qkv_layers(attention: Any) -> list[nn.Module]:
     modules = attention._modules
     names = ("q_proj",) if attention.is_kv_shared_layer else ("q_proj", "k_proj", "v_proj")
     return [modules[name] for name in names if modules.get(name) is not None]
+
+
+def rotation_of(kind: Any) -> Any:
+    """What stands as `apply_rotary_pos_emb` in the module of a stock class."""
+    return sys.modules[kind.__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
 
 
 def rope_unusable(attention: Any, rotate: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:

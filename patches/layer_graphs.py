@@ -13,7 +13,6 @@ Recording waits until it pays: for a shape that comes often, after its first cal
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.graph_replay import Tensors
 from fastgemma.kernels.launch import why_efficient_attention
 from fastgemma.kernels.workspace import card_bytes
-from fastgemma.patches.attention import attend, count_attention
+from fastgemma.patches.attention import attend, count_attention, rotation_of
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import hooked, is_ours, is_stock, is_transformers_own, unusable
 from fastgemma.patches.interval_masks import IntervalMask
@@ -82,7 +81,7 @@ def make_layer_call(original: Callable[..., Any], ops: dict[str, Op]) -> Callabl
         kind: Any = type(layer)
         if not is_stock(kind) or not is_ours(kind) or layer._compiled_call_impl is not None:
             raise Unsupported("a layer whose own call is not stock's")
-        if not is_transformers_own(sys.modules[kind.__module__].apply_rotary_pos_emb):  # type: ignore[attr-defined]
+        if not is_transformers_own(rotation_of(kind)):
             raise Unsupported("another apply_rotary_pos_emb")
         if hooked(layer) or torch.is_anomaly_enabled():
             raise Unsupported("hooks on the layer, or anomaly detection")

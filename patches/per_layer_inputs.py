@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastgemma.patches.engine import Op
-from fastgemma.patches.guards import hooked, is_known, is_stock
+from fastgemma.patches.guards import is_known, is_stock
 
 _ALL, _FROM_THE_FIRST = slice(None), slice(0, None)
 
@@ -95,9 +95,7 @@ def inside_forward(given: Mapping[str, Any]) -> Iterator[None]:
 def _first_layer(model: Any) -> Iterator[Any]:
     """What of a text model's first layer is called with the embeddings."""
     first = model.layers[0]
-    if type(first) is CheckpointWrapper:
-        if hooked(first):
-            yield first
+    if type(first) is CheckpointWrapper and not _read_by_hooks(first):
         first = first._modules["_checkpoint_wrapped_module"]
     yield first
     kind: Any = type(first)

@@ -6,7 +6,6 @@ layer runs in parts, and the part that is not exact counts why.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from fastgemma.kernels.post_attention_tiles import post_attention_in_tiles, spli
 from fastgemma.kernels.pre_attention import Outputs, pre_attention_unchecked
 from fastgemma.kernels.qk_norm_rope_launch import Heads
 from fastgemma.patches import projections
-from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim
+from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim, rotation_of
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import activation_unusable, hooked, is_ours, is_stock
 from fastgemma.patches.norms import norm_unusable
@@ -91,8 +90,7 @@ def read_before(
     if torch.compiler.is_compiling():
         raise Unsupported("compiling")
     attention = _part(layer, "self_attn")
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    reason = rope_unusable(attention, rotate, hidden_states, *position_embeddings)
+    reason = rope_unusable(attention, rotation_of(type(attention)), hidden_states, *position_embeddings)
     if reason is not None:
         raise Unsupported(reason)
     if projections.fused_gemm_is_better(attention._modules["q_proj"], hidden_states):
