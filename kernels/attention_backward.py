@@ -277,10 +277,10 @@ def _plan_for(
     needs: tuple[bool, bool],
 ) -> _Plan:
     to_delta = launch("attention_delta", "any", device)
-    to_ds, products = (tiles(f"attention_{name}", shape[3], dtype, device) for name in ("ds", "products"))
-    rows = to_delta, to_ds, products
+    to_ds = tiles("attention_ds", shape[3], dtype, device)
+    products = tiles("attention_products", shape[3], dtype, device)
     budget = workspace_bytes(device)
-    return _plan(shape, num_key_value_heads, dtype, device, *rows, reach, scale, budget, needs)
+    return _plan(shape, num_key_value_heads, dtype, device, to_delta, to_ds, products, reach, scale, budget, needs)
 
 
 def sums_of(

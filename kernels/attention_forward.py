@@ -189,7 +189,7 @@ class _Plan(NamedTuple):
     """What `attention_fwd` needs for tensors of one shape."""
 
     whole: Prepared
-    block: tuple[int, int] | None  # of the copy engine's descriptors of k and v, where it loads them
+    tiles: tuple[list[int], list[int]] | None  # of k and v as rows, where the copy engine loads them: shape and block
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -206,7 +206,8 @@ def _plan(shape: torch.Size, num_key_value_heads: int, config: Launch, scale: fl
         NO_KEY=NO_KEY,
         **config.kwargs(),
     )
-    return _Plan(whole, (config.blocks["BLOCK_N"], head_dim) if config.descriptors else None)
+    rows = [batch * seq_len, num_key_value_heads * head_dim]
+    return _Plan(whole, (rows, [config.blocks["BLOCK_N"], head_dim]) if config.descriptors else None)
 
 
 def attention_fwd(
@@ -228,9 +229,8 @@ def attention_fwd(
         return out, lse
     plan = _plan(shape, k.shape[2], tiles("attention_fwd", head_dim, dtype, device), scale)
     k_desc = v_desc = None
-    if plan.block is not None:
-        rows = shape[0] * shape[1]
-        k_desc, v_desc = (tile_descriptor(x.view(rows, -1), plan.block) for x in (k, v))
+    if plan.tiles is not None:
+        k_desc, v_desc = tile_descriptor(k, *plan.tiles), tile_descriptor(v, *plan.tiles)
     _attention_fwd_kernel[plan.whole](
         q_ptr=q,
         k_ptr=k,

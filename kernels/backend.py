@@ -49,14 +49,14 @@ class Prepared:
     out, and to recognise.
 
     `kernel[prepared](name=pointer, ...)` launches it, with all of the kernel's pointers and then descriptors, in the
-    order of its signature.
+    order of its signature: all on one device, the descriptors of one tile.
     """
 
     def __init__(self, grid: tuple[int, ...], **numbers: Any) -> None:
         """`numbers`: what else the kernel takes, constants and the compiler's options last."""
         self.grid = grid
         self.numbers = numbers
-        # By kernel and by what can differ between pointers: what launches it, and the numbers in its order.
+        # By kernel, device and dtypes of pointers: what launches it, and the numbers in its order.
         self.launchers: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
 
@@ -102,34 +102,35 @@ class Kernel:
         return order(tuple(kwargs.values()))
 
     def _launch_prepared(self, prepared: Prepared, **given: Any) -> None:
-        if tuple(given) != self._given:
-            raise TypeError(f"{self.__name__} takes {', '.join(self._given)} in this order; got {', '.join(given)}.")
+        """Asks what a launch before this one did not answer, and no more: every layer of every step comes here."""
+        if _this_thread.compiles_ahead or torch.compiler.is_compiling():
+            self._launch_whole(prepared, given)
+            return
         values = tuple(given.values())
-        n_pointers = self._n_pointers
-        pointers = values[:n_pointers]
+        pointers = values[: self._n_pointers]
         device = pointers[0].get_device()
-        if (
-            _this_thread.compiles_ahead
-            or torch.compiler.is_compiling()
-            or not all(map(_is_cuda, pointers))
-            or _several_devices()
-            and device != torch.cuda.current_device()
-        ):
-            whole = self._compile_ahead if _this_thread.compiles_ahead else self._launch
-            whole(prepared.grid, **given, **prepared.numbers)
+        key = (self, device, *map(_dtype, pointers))
+        found = prepared.launchers.get(key)
+        if found is None or _several_devices() and device != torch.cuda.current_device():
+            self._launch_whole(prepared, given, key)
             return
         addresses = tuple(map(_data_ptr, pointers))
-        descriptors = values[n_pointers:]
-        key = (self, device, _aligned(addresses), *map(_dtype, pointers), *map(_tile, descriptors))
-        found = prepared.launchers.get(key)
-        if found is None:
-            launcher = self._launch(prepared.grid, **given, **prepared.numbers)
-            if launcher is not None:
-                numbers = tuple(prepared.numbers[name] for name in self._names[len(values) :])
-                prepared.launchers[key] = launcher, numbers
+        if functools.reduce(operator.or_, addresses) & 15:
+            self._launch_whole(prepared, given)
             return
         launcher, numbers = found
-        launcher(device, *addresses, *descriptors, *numbers)
+        launcher(device, *addresses, *values[len(pointers) :], *numbers)
+
+    def _launch_whole(self, prepared: Prepared, given: dict[str, Any], key: Any = None) -> None:
+        """Launches as if nothing were prepared, and keeps under `key` what can launch the next of its kind."""
+        if tuple(given) != self._given:
+            raise TypeError(f"{self.__name__} takes {', '.join(self._given)} in this order; got {', '.join(given)}.")
+        whole = self._compile_ahead if _this_thread.compiles_ahead else self._launch
+        launcher = whole(prepared.grid, **given, **prepared.numbers)
+        if launcher is None or key is None:
+            return
+        if _aligned(tuple(map(_data_ptr, tuple(given.values())[: self._n_pointers]))) is True:
+            prepared.launchers[key] = launcher, tuple(prepared.numbers[name] for name in self._names[len(given) :])
 
     def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> Callable[..., None] | None:
         """Launches; returns what did, where it can do so again."""
@@ -266,7 +267,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-_is_cuda, _dtype = operator.attrgetter("is_cuda"), operator.attrgetter("dtype")
+_dtype = operator.attrgetter("dtype")
 _data_ptr = torch.Tensor.data_ptr
 
 
@@ -312,11 +313,18 @@ def kernel_of_any_numbers(fn: Any) -> Kernel:
     return Kernel(fn, specialise=False)
 
 
-def tile_descriptor(rows: torch.Tensor, block: tuple[int, int]) -> Any:
-    """What a kernel loads tiles of `block` from, of `rows` [n, columns]: contiguous, at a multiple of 16 bytes."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def tile_descriptor(tensor: torch.Tensor, shape: list[int], block: list[int]) -> Any:
+    """What a kernel loads tiles of `block` from: a contiguous tensor at a multiple of 16 bytes, as [n, columns] `shape`.
 
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block))
+    It keeps both lists: do not change them.
+    """
+    return _tensor_descriptor()(tensor, shape, [shape[1], 1], block)
+
+
+@functools.cache
+def _tensor_descriptor() -> Any:
+    """Its class, which not every version of Triton has."""
+    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
 
 
 def interpreting() -> bool:

@@ -13,6 +13,7 @@ Source: `transformers.masking_utils`; FlashMask (Wang et al., 2024) describes ma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -106,7 +107,7 @@ class KeyIntervals:
     def shape(self) -> torch.Size:
         return self.lo.shape
 
-    @property
+    @functools.cached_property
     def reach(self) -> Reach:
         return Reach(self.lo.shape[1], self.causal, self.window)
 

@@ -341,7 +341,12 @@ def test_what_is_prepared_is_found_by_what_can_differ_between_pointers(fake_kern
         for change in ({}, {"x_ptr": FakeTensor(pointer=4096)}, {"x_desc": _rows(shape=(9, 8))}):
             kernel[launched](**POINTERS | change)
             assert fake_kernel.direct[-1] == ((9, 2, 1), _launched(ARGUMENTS | change))
-        for change in ({"x_ptr": FakeTensor(torch.float16)}, {"y_ptr": FakeTensor(pointer=1028)}, {"x_desc": None}):
+        for change in (
+            {"x_ptr": FakeTensor(torch.float16)},
+            {"y_ptr": FakeTensor(torch.float16)},
+            {"y_ptr": FakeTensor(pointer=1028)},
+            {"x_ptr": FakeTensor(index=1)},
+        ):
             with pytest.raises(AssertionError, match="a full launch"):
                 kernel[launched](**POINTERS | change)
     assert len(fake_kernel.direct) == 4
