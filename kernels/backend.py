@@ -314,7 +314,7 @@ def kernel_of_any_numbers(fn: Any) -> Kernel:
 
 
 def tile_descriptor(tensor: torch.Tensor, shape: list[int], block: list[int]) -> Any:
-    """What a kernel loads tiles of `block` from: a contiguous tensor at a multiple of 16 bytes, as [n, columns] `shape`.
+    """What a kernel loads tiles of `block` from: a contiguous tensor at a multiple of 16 bytes, as `shape` of rows.
 
     It keeps both lists: do not change them.
     """
