@@ -125,14 +125,8 @@ def warm() -> Iterator[nn.Module]:
         yield model
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("e2b", "padding"),
-        pytest.param("e2b", "packing", marks=pytest.mark.slow),
-        *(pytest.param(name, "padding", marks=pytest.mark.slow) for name in structures.STRUCTURES if name != "e2b"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [("e2b", "packing"), *((name, "padding") for name in structures.STRUCTURES)])
 def test_steps_are_bit_equal(name: str, kind: str) -> None:
     check_steps(build(name, lora_dropout=0.3, changes=FEW_LAYERS.get(name)), name, kind)
 

@@ -205,6 +205,7 @@ def test_what_a_layer_does_not_allow(
     assert all(same_bits(actual[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_few_rows_do_not_need_it(ran: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_mlp, "workspace_bytes", lambda device: 1 << 28)
     model = build()

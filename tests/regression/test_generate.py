@@ -57,9 +57,8 @@ def test_continuous_batching(device):
     assert fastgemma.status()["rope"].fast_calls > before
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "12b" else pytest.mark.slow) for name in structures.STRUCTURES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", structures.STRUCTURES)
 def test_cached_logits_equal_full_ones(name, device):
     """Decoding one token at a time gives the logits of one forward over the whole row."""
     model = structures.build(name).to(device).eval()

@@ -12,6 +12,7 @@ import structures
 import torch
 from kernel_checks import STOCK_L2_FACTOR, assert_float32, attends_in_float32, gpu, relative_error
 from peft import LoraConfig, get_peft_model
+from quick import slow_after
 from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.modeling_gemma4 import Gemma4Model, Gemma4RMSNorm
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedModel, Gemma4UnifiedRMSNorm
@@ -297,7 +298,7 @@ def test_images_in_packed_rows(name: str, device: torch.device) -> None:
 
 
 @attends_in_float32
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", slow_after(1, ["right", "left"]))
 def test_eager_attention(side: str, device: torch.device) -> None:
     """The last padding on the left predicts the first token. Eager attention gives it the mean of all values."""
     model = build("31b").to(device)
