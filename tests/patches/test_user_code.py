@@ -350,7 +350,7 @@ def test_another_forward_of_an_activation_runs(monkeypatch: pytest.MonkeyPatch) 
 
 
 @attends_in_float32
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", slow_after(1, ["before", "after"]))
 @pytest.mark.parametrize("name", ["Gemma4TextDecoderLayer", "Gemma4TextAttention", "Gemma4TextModel"])
 def test_wrappers_are_handed_no_intervals(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever wraps a class's forward may read the mask that it is given."""
@@ -398,7 +398,7 @@ REPLACED = ["Gemma4RMSNorm", "Gemma4TextMLP", "Gemma4TextAttention", "Gemma4Text
 
 
 @pytest.mark.parametrize("features", slow_after(1, [{}, {"rms_norm": False}]), ids=["all", "no-norm"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", slow_after(1, ["before", "after"]))
 @pytest.mark.parametrize("name", REPLACED)
 @pytest.mark.filterwarnings("ignore")
 def test_what_was_replaced_runs(
