@@ -56,7 +56,8 @@ class Prepared:
         """`numbers`: what else the kernel takes, constants and the compiler's options last."""
         self.grid = grid
         self.numbers = numbers
-        # By kernel, device and dtypes of pointers: what launches it, and the numbers in its order.
+        # By kernel, device and dtypes of pointers, all at multiples of 16 bytes: what launches it, and the numbers in
+        # its order.
         self.launchers: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
 
@@ -109,27 +110,24 @@ class Kernel:
         values = tuple(given.values())
         pointers = values[: self._n_pointers]
         device = pointers[0].get_device()
-        key = (self, device, *map(_dtype, pointers))
+        addresses = tuple(map(_data_ptr, pointers))
+        key = None
+        if functools.reduce(operator.or_, addresses) & 15 == 0:
+            key = (self, device, *map(_dtype, pointers))
         found = prepared.launchers.get(key)
         if found is None or _several_devices() and device != torch.cuda.current_device():
             self._launch_whole(prepared, given, key)
-            return
-        addresses = tuple(map(_data_ptr, pointers))
-        if functools.reduce(operator.or_, addresses) & 15:
-            self._launch_whole(prepared, given)
             return
         launcher, numbers = found
         launcher(device, *addresses, *values[len(pointers) :], *numbers)
 
     def _launch_whole(self, prepared: Prepared, given: dict[str, Any], key: Any = None) -> None:
-        """Launches as if nothing were prepared, and keeps under `key` what can launch the next of its kind."""
+        """Launches as if nothing were prepared, and keeps under `key`, if any, what can launch the next of its kind."""
         if tuple(given) != self._given:
             raise TypeError(f"{self.__name__} takes {', '.join(self._given)} in this order; got {', '.join(given)}.")
         whole = self._compile_ahead if _this_thread.compiles_ahead else self._launch
         launcher = whole(prepared.grid, **given, **prepared.numbers)
-        if launcher is None or key is None:
-            return
-        if _aligned(tuple(map(_data_ptr, tuple(given.values())[: self._n_pointers]))) is True:
+        if launcher is not None and key is not None:
             prepared.launchers[key] = launcher, tuple(prepared.numbers[name] for name in self._names[len(given) :])
 
     def _launch(self, grid: tuple[int, ...], **kwargs: Any) -> Callable[..., None] | None:
@@ -314,9 +312,9 @@ def kernel_of_any_numbers(fn: Any) -> Kernel:
 
 
 def tile_descriptor(tensor: torch.Tensor, shape: list[int], block: list[int]) -> Any:
-    """What a kernel loads tiles of `block` from: a contiguous tensor at a multiple of 16 bytes, as `shape` of rows.
+    """What a kernel loads tiles of `block` from: a contiguous tensor, read as `shape` [n, columns].
 
-    It keeps both lists: do not change them.
+    The tensor begins at a multiple of 16 bytes. Both lists are kept: do not change them.
     """
     return _tensor_descriptor()(tensor, shape, [shape[1], 1], block)
 
