@@ -81,6 +81,23 @@ def kept(ctx: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     return [tensor for tensor, _ in ctx.trained], saved
 
 
+class Context:
+    """Stands for autograd's where an operation calls another's forward and backward itself."""
+
+    def __init__(self, saves: bool) -> None:
+        """`saves`: whether a backward follows."""
+        self._saves = saves
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.needs_input_grad: tuple[bool, ...] = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        if self._saves:
+            self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """The caller gives the gradients there are."""
+
+
 def parts_of(projections: Sequence[Projection]) -> list[torch.Tensor | NF4Weight | None]:
     """weight, A and B of each projection."""
     parts: list[torch.Tensor | NF4Weight | None] = []

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgemma.kernels._once_differentiable import once_differentiable
+from fastgemma.kernels.random_state import drawing_from, generator_of
 
 Tensors = Sequence[torch.Tensor | None]
 # (inputs, constants, trained, whether the outputs' values are read) -> outputs
@@ -99,10 +100,6 @@ def _plain_autograd() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cache)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 class Arena:
@@ -203,7 +200,7 @@ class Replay:
         recurring: frozenset[str] = frozenset(),
     ) -> None:
         self.arena, self._names, self._recurring = arena, names, recurring
-        self._generator = _generator(arena.device) if draws else None
+        self._generator = generator_of(arena.device) if draws else None
         self._wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
         # Where replays find what autograd hands them, and leave what they compute; set by the recordings.
         self._outs: list[torch.Tensor] = []
@@ -232,16 +229,11 @@ class Replay:
                     return torch.autograd.grad(live, [*wanted, *aliases], given, allow_unused=True)
 
             def warm_up() -> None:
-                state = self.state()
-                try:
-                    with _plain_autograd():
-                        variables = leaves()
-                        outs = function(variables, fixed, aliases, True)
-                        zeros = [torch.zeros_like(out) if out.requires_grad else None for out in outs]
-                        gradients(variables, outs, zeros)
-                finally:
-                    if self._generator is not None:
-                        self._generator.set_state(state)
+                with drawing_from(self._generator, self.state()), _plain_autograd():
+                    variables = leaves()
+                    outs = function(variables, fixed, aliases, True)
+                    zeros = [torch.zeros_like(out) if out.requires_grad else None for out in outs]
+                    gradients(variables, outs, zeros)
                 # The recordings have memory of their own.
                 torch.cuda.empty_cache()
 
@@ -334,15 +326,8 @@ class Replay:
             for buffer, d_out in zip(self._upstream, d_outs):
                 if buffer is not None:
                     buffer.zero_() if d_out is None else buffer.copy_(d_out)
-            if self._generator is None:
+            with drawing_from(self._generator, drawn_at):
                 self._backward.replay()
-            else:
-                now = self._generator.get_state()
-                self._generator.set_state(drawn_at)
-                try:
-                    self._backward.replay()
-                finally:
-                    self._generator.set_state(now)
             d_inputs = iter([None if buffer is None else buffer.clone() for buffer in self._d_inputs])
             d_trained = iter(self._views([buffer.clone() for buffer in self._d_trained]))
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +22,12 @@ from kernel_checks import (
     same_bits,
     trained,
 )
+from live_memory import live_memory
 from post_attention_checks import ATTENDED, HIDDEN, INNER, INPUT, both, call, make, make_grads
 from quick import slow_after
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgemma.kernels import adapter_columns, geglu, lora_mlp, post_attention_tiles, rms_norm
 from fastgemma.kernels import nf4 as nf4_module
-from fastgemma.kernels.backend import Kernel
 from fastgemma.kernels.post_attention import post_attention, post_attention_reference
 from fastgemma.kernels.post_attention_tiles import post_attention_in_tiles, splits_rows
 
@@ -198,53 +195,19 @@ def test_only_inputs_are_kept(per_layer: bool, device: torch.device) -> None:
     assert sorted(t.data_ptr() for t in saved) == sorted(kept)
 
 
-class Live(TorchDispatchMode):
-    """The most bytes that are alive at once of what torch operations make outside of launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak, self.launching = 0, False
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.launching:  # Triton's interpreter moves tensors about
-            for tensor in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(tensor, torch.Tensor) and not func.is_view:
-                    storage = tensor.untyped_storage()
-                    self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
-            self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
-        return result
-
-    def launch(self, start: Callable[..., None]) -> Callable[..., None]:
-        def run(**kwargs: Any) -> None:
-            self.launching = True
-            try:
-                start(**kwargs)
-            finally:
-                self.launching = False
-                gc.collect(0)  # the interpreter leaves cycles that hold a launch's tensors
-
-        return run
-
-
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("base", ["nf4", "trained"])
 def test_nothing_of_the_mlp_is_there_for_all_rows(
     per_layer: bool, base: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    get = Kernel.__getitem__
-
     def columns(fn: Callable[..., Any]) -> float:
         """How many for each row are alive at the most moments beside the inputs, whatever the number of rows."""
         peaks = []
         for rows in (768, 1536):
             inputs = make(device, per_layer, base=base, shape=(1, rows), rank=8)
-            grads, seen = make_grads(inputs), Live()
-            with monkeypatch.context() as patch, seen:
-                patch.setattr(Kernel, "__getitem__", lambda kernel, grid: seen.launch(get(kernel, grid)))  # noqa: B023
+            grads = make_grads(inputs)
+            with live_memory(monkeypatch) as seen:
                 evaluate(call(fn), inputs, grads)
             peaks.append(seen.peak / 4)
         return (peaks[1] - peaks[0]) / 768
