@@ -43,19 +43,24 @@ def rotation_of(kind: Any) -> Any:
     return sys.modules[kind.__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
 
 
+def angles_unusable(attention: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    """Why the heads of x [batch, seq_len, ...] cannot be turned by these angles, or None."""
+    if cos.requires_grad or sin.requires_grad:
+        return "gradient through the rotation angles"
+    if cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[1], attention.head_dim):
+        return f"rotation angles of shape {tuple(cos.shape)}"
+    return None
+
+
 def rope_unusable(attention: Any, rotate: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     """Why `qk_norm_rope` cannot stand in for the norms and rotations of this call, or None.
 
     `rotate` is what stands as `apply_rotary_pos_emb` in the attention's module; `x` [batch, seq_len, ...] the queries'
     projection, or what they are projected from.
     """
-    reason = unusable(x)
+    reason = unusable(x) or angles_unusable(attention, x, cos, sin)
     if reason is not None:
         return reason
-    if cos.requires_grad or sin.requires_grad:
-        return "gradient through the rotation angles"
-    if cos.shape[0] not in (1, x.shape[0]) or cos.shape[1:] != (x.shape[1], attention.head_dim):
-        return f"rotation angles of shape {tuple(cos.shape)}"
     if not is_transformers_own(rotate):
         return "another apply_rotary_pos_emb"
     modules = attention._modules
@@ -78,23 +83,23 @@ def rope_unusable(attention: Any, rotate: Any, x: torch.Tensor, cos: torch.Tenso
     return None
 
 
-def _attention_unusable(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: KeyIntervals
-) -> str | None:
-    """Why attention over intervals cannot run on these, or None."""
-    reason = unusable(query)
+def intervals_unusable(x: torch.Tensor, head_dim: int, intervals: KeyIntervals) -> str | None:
+    """Why attention over intervals cannot run on queries of x's device and dtype, or None."""
+    reason = unusable(x)
     if reason is not None:
         return reason
-    if query.is_cuda and not interpreting() and (reason := attention_problem(query.device, query.dtype)) is not None:
+    if x.is_cuda and not interpreting() and (reason := attention_problem(x.device, x.dtype)) is not None:
         return reason
+    if intervals.runs is None and why_efficient_attention(x.device) is not None:
+        return "a mask for another device"  # layers may lie on GPUs of several kinds
+    return f"heads of {head_dim}" if head_dim < 16 or head_dim & (head_dim - 1) else None
+
+
+def _keys_unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why attention over intervals cannot take these [batch, heads, length, head_dim] together, or None."""
     if not query.dtype == key.dtype == value.dtype:
         return "queries, keys and values in different dtypes"
-    if query.shape[2] != key.shape[2]:
-        return "keys from a cache"
-    if intervals.runs is None and why_efficient_attention(query.device) is not None:
-        return "a mask for another device"  # layers may lie on GPUs of several kinds
-    head_dim = query.shape[3]
-    return f"heads of {head_dim}" if head_dim < 16 or head_dim & (head_dim - 1) else None
+    return "keys from a cache" if key.shape[2] != query.shape[2] else None
 
 
 def count_attention(op: Op, device: torch.device) -> None:
@@ -134,7 +139,7 @@ def attend(
     if isinstance(attention_mask, IntervalMask):
         assert key is not None and value is not None
         intervals = attention_mask.on(query.device)
-        reason = _attention_unusable(query, key, value, intervals)
+        reason = intervals_unusable(query, query.shape[3], intervals) or _keys_unusable(query, key, value)
         if reason is None:
             count_attention(op, query.device)
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -150,7 +150,7 @@ def make_model_forward(original: Callable[..., Any], ops: dict[str, Op]) -> Call
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
-        with inside_forward({} if args else kwargs):
+        with inside_forward(kwargs):
             return run(self, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

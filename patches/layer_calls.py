@@ -11,9 +11,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from fastgemma.patches.engine import directory_of, written_in
 from fastgemma.patches.guards import hooked, is_ours, is_stock
 
 _NAME = "_fastgemma_call"
@@ -46,9 +48,13 @@ def _checkpointing(layer: Any) -> Callable[..., Any] | None:
     return function.func if keywords == {"use_reentrant": False, "preserve_rng_state": True} else None
 
 
+# Somebody may have put another in its place before this was imported.
+_IS_TORCHS = written_in(checkpoint, directory_of(torch))
+
+
 def plainly_checkpointed(layer: Any) -> bool:
     """Whether transformers checkpoints this layer by torch's own function, not reentrant, with nothing else asked."""
-    return _checkpointing(layer) is checkpoint
+    return _IS_TORCHS and _checkpointing(layer) is checkpoint
 
 
 def _offloads(layer: Any) -> bool:

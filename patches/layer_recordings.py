@@ -1,8 +1,7 @@
 """Recordings of decoder layers, for `layer_graphs`: what belongs to one, and when one is made.
 
 A recording is the layer as `whole_layer` runs it around its attention, with whatever it reads at the addresses that it
-had then. It is found again by a key of everything that it depends on; reading a layer for that takes as long as a plain
-call's guards, so that an unchanged layer (`snapshot`) is known by the key that it had.
+had then. It is found again by a key of everything that it depends on, which a layer's `Reading` remembers.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fastgemma.kernels.checkpointed_layer import After, Before
 from fastgemma.kernels.graph_replay import Arena, Replay, Tensors
 from fastgemma.kernels.key_intervals import KeyIntervals
 from fastgemma.kernels.nf4 import NF4Weight
@@ -25,16 +25,9 @@ from fastgemma.kernels.workspace import workspace_bytes
 from fastgemma.patches.attention import attend, rotary_dim
 from fastgemma.patches.engine import Op, PatchError
 from fastgemma.patches.interval_masks import IntervalMask
+from fastgemma.patches.layer_readings import Reading
 from fastgemma.patches.projections import Unsupported
-from fastgemma.patches.snapshot import Snapshot, Snapshots
-from fastgemma.patches.whole_layer import (
-    After,
-    Before,
-    after_attention_checkpointed,
-    before_attention,
-    read_after,
-    read_before,
-)
+from fastgemma.patches.whole_layer import after_attention_checkpointed, before_attention
 
 # Calls of a shape that run as ever: recording takes about as long as a few of them, and has to come back.
 _PLAIN_CALLS = 2
@@ -46,8 +39,6 @@ _MAX_COUNTED = 256
 _MAX_TRAINED_BYTES = 64 << 20
 # Kernels are compiled for pointers that are aligned to this, and for others.
 _VECTOR_BYTES = 16
-# The attribute of a layer in which its snapshots are kept: they belong to it, and go with it.
-_NOTES = "_fastgemma_snapshots"
 
 
 @dataclass
@@ -66,20 +57,19 @@ class LayerGraph:
         layer: Any,
         over_intervals: Op,
         arena: Arena,
-        read: tuple[Before, After],
+        reading: Reading,
         inputs: Tensors,
         constants: Tensors,
         form: IntervalForm | None,
         outside: _Key,
     ):
         """`outside`: what the recording depends on beside the layer."""
-        self.read = read
-        self.trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
+        self.read = read = reading.before, reading.after
+        self.trained = reading.trained
         attention = layer.self_attn
         kind = attention.layer_type
         names = ("hidden_states", "per_layer_input", f"keys {kind}", f"values {kind}")
         masks = ("mask",) if form is None else [f"interval bound {number}" for number in range(len(constants) - 2)]
-        draws = any(p.dropout > 0 for p in (*read[0].projections, *(m for m in read[1].matrices if m is not None)))
         self.replay = Replay(
             lambda inputs, constants, trained, reads: _run(
                 attention, over_intervals, self._with(trained), inputs, constants, form, reads
@@ -89,7 +79,7 @@ class LayerGraph:
             inputs,
             constants,
             self.trained,
-            draws,
+            reading.operation.draws,
             (outside, workspace_bytes(arena.device), attention.store_full_length_kv, _likeness(read)),
             recurring=frozenset(names[2:]),
         )
@@ -138,14 +128,6 @@ def _run(
     if not attention.store_full_length_kv:
         return (out,)
     return out, *(x.transpose(1, 2) for x in states[attention.layer_type])
-
-
-def _tensors(item: Any) -> Iterator[torch.Tensor]:
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif isinstance(item, tuple | list):
-        for part in item:
-            yield from _tensors(part)
 
 
 def _swap(item: Any, new: dict[int, torch.Tensor]) -> Any:
@@ -249,29 +231,26 @@ class LayerGraphs:
 
     def clear(self) -> None:
         with self._lock:
-            for layer in self._layers:
-                layer.__dict__.pop(_NOTES, None)
             self._layers.clear()
             self._full = False
 
     def find(
-        self, layer: Any, over_intervals: Op, inputs: Tensors, constants: Tensors, form: IntervalForm | None
+        self,
+        layer: Any,
+        reading: Reading,
+        over_intervals: Op,
+        inputs: Tensors,
+        constants: Tensors,
+        form: IntervalForm | None,
     ) -> LayerGraph:
-        """The recording of this layer for these arguments, made now if it is time.
+        """The recording of this layer, as it was read now, for these arguments; made now if it is time.
 
         Raises:
             Unsupported: the layer must run without one.
         """
-        hidden_states, per_layer_input = inputs[:2]
+        (hidden_states, *_), attention = inputs, layer.self_attn
         forms = tuple(map(_form, (*inputs, *constants)))
-        attention = layer.self_attn
-        switches = (
-            attention.scaling,
-            attention.sliding_window,
-            attention.is_causal,
-            attention.num_key_value_groups,
-            rotary_dim(attention),
-        )
+        switches = attention.sliding_window, attention.is_causal, attention.num_key_value_groups, rotary_dim(attention)
         # Recordings share buffers, so they belong to the thread and the stream that they are run from.
         place = (hidden_states.device, _stream(hidden_states.device), threading.get_ident())  # type: ignore[union-attr]
         outside = _Key(place, forms, form, switches, _modes(hidden_states.device.type))  # type: ignore[union-attr]
@@ -279,18 +258,12 @@ class LayerGraphs:
             known = self._layers.get(layer)
             if known is None:
                 known = self._layers[layer] = _Layer()
-            # By what a recording depends on beside the layer: the layer's state, and the recording's key.
-            notes = layer.__dict__.get(_NOTES)
-            if notes is None:
-                notes = layer.__dict__[_NOTES] = Snapshots()
-            snapshot, key = notes.get(outside, (None, None))
-            if key not in known.graphs or not snapshot.holds():
-                read = (
-                    read_before(layer, hidden_states, constants[:2]),  # type: ignore[arg-type]
-                    read_after(layer, hidden_states, per_layer_input),  # type: ignore[arg-type]
-                )
-                key = _Key(outside, _signature(read))
-                notes.pop(outside, None)
+            key = reading.keys.get(outside)
+            if key is None:
+                if len(reading.keys) >= _MAX_COUNTED:
+                    reading.keys.clear()
+                key = _Key(outside, attention.scaling, _signature((reading.before, reading.after)))
+                reading.keys[outside] = key
             if len(known.calls) >= _MAX_COUNTED:
                 known.calls.clear()
             known.calls[key] += 1
@@ -300,16 +273,11 @@ class LayerGraphs:
                     raise Unsupported("first calls of a shape")
                 if _MAX_GRAPHS * known.calls[key] < known.calls.total():
                     raise Unsupported("shapes that vary")
-                graph = self._record(
-                    layer, outside, (place, *forms[0][:2]), over_intervals, read, inputs, constants, form
-                )
+                shape = place, *forms[0][:2]
+                graph = self._record(layer, outside, shape, over_intervals, reading, inputs, constants, form)
                 while len(known.graphs) >= _MAX_GRAPHS:
                     del known.graphs[next(iter(known.graphs))]
             known.graphs[key] = graph
-            if outside not in notes:
-                while len(notes) >= _MAX_GRAPHS:
-                    del notes[next(iter(notes))]
-                notes[outside] = Snapshot(layer), key
             return graph
 
     def _record(
@@ -318,14 +286,14 @@ class LayerGraphs:
         outside: _Key,
         shape: Any,
         over_intervals: Op,
-        read: tuple[Before, After],
+        reading: Reading,
         inputs: Tensors,
         constants: Tensors,
         form: IntervalForm | None,
     ) -> LayerGraph:
         """`outside`: what the recording depends on beside the layer; `shape`: under which recordings share an arena."""
-        trained = [tensor for tensor in _tensors(read) if tensor.requires_grad]
-        if not all(tensor.is_leaf for tensor in trained):
+        trained = reading.trained
+        if not reading.trains_leaves:
             raise Unsupported("trained tensors that are computed")
         if not trained and not any(tensor is not None and tensor.requires_grad for tensor in inputs):
             raise Unsupported("nothing to differentiate")
@@ -337,7 +305,7 @@ class LayerGraphs:
             arena = self._arenas.get(shape)
             if arena is None:
                 arena = self._arenas[shape] = Arena(shape[0][0])
-            return LayerGraph(layer, over_intervals, arena, read, inputs, constants, form, outside)
+            return LayerGraph(layer, over_intervals, arena, reading, inputs, constants, form, outside)
         except torch.OutOfMemoryError:
             self._full = True
             raise Unsupported("no memory for a recording") from None

@@ -75,6 +75,7 @@ class _PerLayerInputs(torch.Tensor):
 class _ThisThread(threading.local):
     depth = 0
     embeds = False  # whether the outermost model was given tokens, and so makes the embeddings itself
+    hands_out = False  # whether its caller sees the keys and values that layers share
 
 
 _this_thread = _ThisThread()
@@ -85,11 +86,17 @@ def inside_forward(given: Mapping[str, Any]) -> Iterator[None]:
     """The forward of a text or multimodal model with these keyword arguments; the outermost one counts."""
     if not _this_thread.depth:
         _this_thread.embeds = given.get("input_ids") is not None and given.get("inputs_embeds") is None
+        _this_thread.hands_out = given.get("shared_kv_states") is not None
     _this_thread.depth += 1
     try:
         yield
     finally:
         _this_thread.depth -= 1
+
+
+def hands_out_states() -> bool:
+    """Whether keys and values that layers share go into an object of the caller's of the model that runs."""
+    return _this_thread.depth > 0 and _this_thread.hands_out
 
 
 def _first_layer(model: Any) -> Iterator[Any]:

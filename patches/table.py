@@ -40,7 +40,12 @@ def _family_rows(prefix: str, module: str) -> list[Row]:
             layer_parameters,
             stands_in=True,
         ),
-        Row(("cuda_graphs", "attention", *PARTS), module, f"{prefix}TextDecoderLayer.__call__", make_layer_call),
+        Row(
+            ("cuda_graphs", "checkpointing", "attention", *PARTS),
+            module,
+            f"{prefix}TextDecoderLayer.__call__",
+            make_layer_call,
+        ),
         *(
             Row(
                 ("cross_entropy",),

@@ -7,11 +7,12 @@ layer runs in parts, and the part that is not exact counts why.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastgemma.kernels.checkpointed_layer import After, Before
 from fastgemma.kernels.post_attention import Matrices, Norms, post_attention_unchecked
 from fastgemma.kernels.post_attention_tiles import post_attention_in_tiles, splits_rows
 from fastgemma.kernels.pre_attention import Outputs, pre_attention_unchecked
@@ -21,7 +22,7 @@ from fastgemma.patches.attention import qkv_layers, rope_unusable, rotary_dim, r
 from fastgemma.patches.engine import Op
 from fastgemma.patches.guards import activation_unusable, hooked, is_ours, is_stock
 from fastgemma.patches.norms import norm_unusable
-from fastgemma.patches.projections import Projection, Unsupported
+from fastgemma.patches.projections import Unsupported
 
 # Features that a whole layer is made of.
 PARTS = ("rms_norm", "rope", "geglu", "lora")
@@ -59,28 +60,6 @@ def _autocast(x: torch.Tensor) -> torch.dtype | None:
     if autocast not in (None, x.dtype):
         raise Unsupported(f"{x.dtype} under autocast to {autocast}")
     return autocast
-
-
-class Before(NamedTuple):
-    """What a layer's modules hold for the operation before its attention, as `pre_attention` takes it."""
-
-    norm_weight: torch.Tensor
-    projections: list[Projection]
-    q_norm_weight: torch.Tensor
-    k_norm_weight: torch.Tensor | None
-    heads: Heads
-    eps: float
-    autocast: torch.dtype | None
-
-
-class After(NamedTuple):
-    """What a layer's modules hold for the operation after its attention, as `post_attention` takes it."""
-
-    norms: Norms
-    matrices: Matrices
-    layer_scalar: torch.Tensor
-    eps: float
-    autocast: torch.dtype | None
 
 
 def read_before(

@@ -20,17 +20,21 @@ _KERNELS = os.path.dirname(backend.__file__)
 
 class Place(NamedTuple):
     phase: str  # "forward", "backward" or "recompute": a checkpointed forward inside a backward
-    operation: str  # the file of `kernels/` that was entered first
+    operation: str  # the file of `kernels/` that was entered first, but for a layer's own
 
 
 def _place() -> Place | None:
     """Where in the package the caller is, or None."""
-    operation, phase = "", "forward"
+    operation, phase, runs = "", "forward", False
     frame: Any = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         folder, name = os.path.split(code.co_filename)
-        if folder == _KERNELS and not name.startswith("_"):
+        if folder == _KERNELS and name == "checkpointed_layer.py":
+            runs = runs or code.co_name == "run"
+            if code.co_name == "backward":
+                return Place("recompute" if runs else phase, operation) if operation else None
+        elif folder == _KERNELS and not name.startswith("_"):
             operation = name.removesuffix(".py")
             phase = "backward" if code.co_name == "backward" else phase
         elif code.co_name == "unpack_hook" and code.co_filename == checkpoint.__file__:

@@ -18,7 +18,7 @@ from transformers.models.gemma4_unified import modeling_gemma4_unified
 import fastgemma
 from fastgemma.kernels import key_intervals
 from fastgemma.patches import host_copies, interval_masks, layer_graphs
-from fastgemma.patches.attention import _attention_unusable
+from fastgemma.patches.attention import intervals_unusable
 from fastgemma.patches.projections import Unsupported
 from fastgemma.patches.table import ENGINE
 
@@ -192,12 +192,12 @@ def test_accelerate_s_batches_keep_their_positions_on_the_host(monkeypatch: pyte
 
 
 def test_a_mask_made_for_another_kind_of_gpu_is_refused() -> None:
-    x = torch.zeros(1, 2, 4, 16)
+    x = torch.zeros(1, 4, 16)
     device = torch.device("cpu")
     plain = key_intervals.key_intervals(1, 4, device)
     padded = key_intervals.key_intervals(1, 4, device, padding_mask=torch.ones(1, 4))
-    assert _attention_unusable(x, x, x, plain) is None
-    assert _attention_unusable(x, x, x, padded) == "a mask for another device"
+    assert intervals_unusable(x, 16, plain) is None
+    assert intervals_unusable(x, 16, padded) == "a mask for another device"
 
 
 @pytest.mark.slow

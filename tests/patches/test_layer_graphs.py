@@ -20,7 +20,7 @@ from transformers.models.gemma4 import modeling_gemma4
 
 import fastgemma
 from fastgemma.kernels import graph_replay, lora_mlp
-from fastgemma.patches import layer_graphs, layer_recordings
+from fastgemma.patches import layer_graphs, layer_readings, layer_recordings
 from fastgemma.patches.table import ENGINE
 
 # How attention runs is no question of most tests here, and over intervals of keys it takes the interpreter long.
@@ -270,9 +270,9 @@ def test_a_frozen_parameter_in_place_is_read_in_place(warm: nn.Module) -> None:
 
 def test_a_layer_is_read_anew_only_where_it_changed(warm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    original = layer_recordings.read_before
+    original = layer_readings.read_before
     monkeypatch.setattr(
-        layer_recordings, "read_before", lambda layer, *args: read.append(layer) or original(layer, *args)
+        layer_readings, "read_before", lambda layer, *args: read.append(layer) or original(layer, *args)
     )
     expected = step(warm)
     assert read == []

@@ -15,7 +15,8 @@ import structures
 import torch
 from torch import nn
 
-from fastgemma.patches.snapshot import Snapshot, Snapshots
+from fastgemma.patches import snapshot as snapshot_module
+from fastgemma.patches.snapshot import Notes, Snapshot, Snapshots
 
 
 @pytest.fixture
@@ -208,3 +209,74 @@ def test_goes_with_its_root_whatever_refers_to_it() -> None:
     del layer
     gc.collect()
     assert alive() is None
+
+
+def test_notes_hold_for_as_long_as_their_module_stays(layer: Any) -> None:
+    notes = Notes(2)
+    assert notes.find(layer, "a") is None
+    for key in "abc":
+        notes.put(layer, key, key.upper())
+    assert [notes.find(layer, key) for key in "abc"] == [None, "B", "C"]
+    layer.mlp.register_forward_hook(NOTHING)
+    assert notes.find(layer, "b") is None
+    notes.put(layer, "b", 1)
+    assert notes.find(layer, "b") == 1 and notes.find(layer, "c") is None
+    before = set(layer.__dict__)
+    notes.clear()
+    assert notes.find(layer, "b") is None and len(before - set(layer.__dict__)) == 1
+
+
+def test_copies_and_pickled_modules_are_noted_anew(layer: Any) -> None:
+    notes = Notes(2)
+    notes.put(layer, "a", 1)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert notes.find(other, "a") is None
+        notes.put(other, "a", 2)
+        assert notes.find(other, "a") == 2
+        attributes = set(other.__dict__)
+        notes.clear()
+        assert len(attributes - set(other.__dict__)) == 1
+        notes.put(layer, "a", 1)
+    assert notes.find(layer, "a") == 1
+
+
+def test_a_module_that_always_changes_is_not_noted_for_ever(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(snapshot_module, "Snapshot", lambda module: made.append(module) or Snapshot(module))
+    notes = Notes(2)
+    for number in range(100):
+        layer.steps = [number]
+        assert notes.find(layer, "a") is None
+        notes.put(layer, "a", number)
+    assert 1 < len(made) < 10
+    for number in range(64):
+        notes.put(layer, "a", number)
+    assert notes.find(layer, "a") is not None
+    made.clear()
+    for number in range(3):
+        layer.steps = [number]
+        notes.put(layer, "a", number)
+    assert len(made) == 3
+
+
+def test_a_shallow_copy_is_another_module(layer: Any) -> None:
+    """As a replica of DataParallel is, or what somebody changes a part of."""
+    notes = Notes(2)
+    notes.put(layer, "a", 1)
+    other = copy.copy(layer)
+    other._modules = dict(layer._modules)
+    assert notes.find(other, "a") is None
+    notes.put(other, "a", 2)
+    assert notes.find(other, "a") == 2 and notes.find(layer, "a") == 1
+
+
+def test_a_noted_module_goes_without_the_collector() -> None:
+    layer: Any = structures.build("31b", layer_types=["full_attention"]).model.layers[0]
+    Notes(2).put(layer, "a", layer.mlp.up_proj.weight)
+    weight = weakref.ref(layer.mlp.up_proj.weight)
+    gc.disable()
+    try:
+        del layer
+        assert weight() is None
+    finally:
+        gc.enable()
