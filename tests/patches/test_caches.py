@@ -40,8 +40,8 @@ def decoded(model: Any, name: str) -> tuple[torch.Tensor, list[Any]]:
     return torch.cat(logits, dim=1), cache.updates
 
 
-@pytest.mark.parametrize("features", [WHOLE, PARTS], ids=["whole", "parts"])
-@pytest.mark.parametrize("name", dict.fromkeys([caches.CACHE, "past_key_values"]))
+@pytest.mark.parametrize("features", slow_after(1, [WHOLE, PARTS]), ids=["whole", "parts"])
+@pytest.mark.parametrize("name", slow_after(1, dict.fromkeys([caches.CACHE, "past_key_values"])))
 @pytest.mark.parametrize("structure", slow_after(1, ["e2b", "12b"]))
 def test_it_is_filled_as_by_stock(structure: str, name: str, features: dict[str, Any], device: torch.device) -> None:
     model = structures.build(structure).to(device).eval()

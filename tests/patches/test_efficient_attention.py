@@ -102,6 +102,7 @@ def test_status_says_nothing_of_it_elsewhere() -> None:
     assert fastgemma.status()["attention"].reason is None
 
 
+@pytest.mark.slow
 def test_everything_together_and_recomputed(efficient: StandIn) -> None:  # noqa: F811
     model = structures.build("e2b").train()
     inputs = batch("13")

@@ -240,7 +240,7 @@ def test_a_changed_layer_is_recorded_anew(change: Callable[[nn.Module], None], w
         assert counts()[0] > 0
 
 
-@pytest.mark.parametrize("name", ["forward", "apply_rotary_pos_emb"])
+@pytest.mark.parametrize("name", slow_after(1, ["forward", "apply_rotary_pos_emb"]))
 def test_what_was_replaced_is_not_replayed(name: str, warm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     owner: Any = modeling_gemma4.Gemma4TextDecoderLayer if name == "forward" else modeling_gemma4
@@ -284,6 +284,7 @@ def test_a_layer_is_read_anew_only_where_it_changed(warm: nn.Module, monkeypatch
     assert len(read) == 1
 
 
+@pytest.mark.slow
 def test_several_forwards_before_their_backwards(warm: nn.Module) -> None:
     batches = [structures.batch("padding", device=DEVICE)]
     batches.append({**batches[0], "input_ids": batches[0]["input_ids"].flip(1)})

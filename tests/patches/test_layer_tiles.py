@@ -112,7 +112,7 @@ def whole(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     "name, quantized",
     [
-        ("12b", False),
+        pytest.param("12b", False, marks=pytest.mark.slow),
         pytest.param("e2b", True, marks=pytest.mark.slow),
         pytest.param("e2b", False, marks=pytest.mark.slow),
         pytest.param("12b", True, marks=pytest.mark.slow),

@@ -170,6 +170,7 @@ def test_unknown_features_and_modes_are_named():
     assert all(report.state == "off" for report in fastgemma.status().values())
 
 
+@pytest.mark.slow
 def test_features_can_be_chosen_one_by_one(device):
     model = structures.build("e2b").to(device).train()
     loss, grads = step(model)
@@ -191,6 +192,7 @@ def test_report_is_a_table_and_data():
     assert "rms_norm" in str(report) and "active" in str(report)
 
 
+@pytest.mark.slow
 def test_forward_inside_and_backward_outside(device):
     model = structures.build("e4b").to(device).train()
     loss, grads = step(model)
@@ -273,6 +275,7 @@ def test_float64_model_is_a_counted_fallback(device):
     assert fastgemma.status()["rms_norm"].fallbacks.get("dtype torch.float64", 0) > 0
 
 
+@pytest.mark.slow
 def test_hooks_on_norms_still_fire(device):
     model = structures.build("31b").to(device).train()
     fastgemma.patch()

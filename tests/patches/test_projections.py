@@ -198,7 +198,7 @@ def test_scale_set_between_steps() -> None:
 # Adapter states
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", slow_after(1, [0.0, 0.5]))
 def test_disabled_adapters_run_the_base_alone(dropout: float) -> None:
     """The reference pass of preference training: same model, adapters off, no gradient, no mask drawn."""
     model = adapted(tiny(), lora_dropout=dropout)
@@ -263,6 +263,7 @@ def test_lora_bias() -> None:
     assert ran == Ran(0, {"LoRA factors that are not plain linear layers": CALLS})
 
 
+@pytest.mark.slow
 def test_mixed_batch_of_adapters() -> None:
     model = adapted(tiny()).eval()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

@@ -442,7 +442,7 @@ def compiled(model: nn.Module, what: str) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["model", "layers"])
+@pytest.mark.parametrize("what", slow_after(1, ["layers", "model"]))
 def test_compiled_code_is_stock_s_and_counted(what: str) -> None:
     expected = step(build(**TWO_LAYERS))
     model = compiled(build(**TWO_LAYERS), what)

@@ -158,6 +158,7 @@ def test_what_a_layer_does_not_allow_runs_in_parts(
     assert ran == {"_PreAttention": others + pre, "_PostAttention": others + post}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", slow_after(1, ["rms_norm", "rope", "geglu", "lora"]))
 def test_a_feature_switched_off_means_parts(feature: str, ran: Counter[str]) -> None:
     model = adapted("31b")

@@ -187,6 +187,7 @@ def test_workers_of_a_loader() -> None:
 # Copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", slow_after(1, [True, False]))
 def test_copies_of_a_patched_model_train_alike(tmp_path: Path, quantized: bool) -> None:
     structures.build("e2b", **SHAPE).save_pretrained(tmp_path)

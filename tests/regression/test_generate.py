@@ -116,6 +116,7 @@ def test_decoding_is_as_exact_as_stock(name, dtype, seeds, device):
     assert statistics.mean(errors) <= max(FLOAT32_BUDGET, STOCK_L2_FACTOR * statistics.mean(stock_errors))
 
 
+@pytest.mark.slow
 def test_training_after_generation(device):
     model = structures.build("e2b").to(device).train()
     batch = structures.batch("padding", device=device)

@@ -297,6 +297,7 @@ def test_images_in_packed_rows(name: str, device: torch.device) -> None:
     assert ("attention", 0, {"images in packed rows": 1}) in list(gained(before))
 
 
+@pytest.mark.slow
 @attends_in_float32
 @pytest.mark.parametrize("side", slow_after(1, ["right", "left"]))
 def test_eager_attention(side: str, device: torch.device) -> None:

@@ -118,6 +118,7 @@ def test_full_fine_tuning_with_per_layer_embeddings(device):
     assert report.with_dropout is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, name, blamed",
     [(mlp, "geglu", {"geglu"}), pytest.param(norms, "rms_norm", {"rms_norm"}, marks=pytest.mark.slow)],
