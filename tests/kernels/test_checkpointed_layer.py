@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import Inputs, Results, assert_float32, double, evaluate, fresh, nf4, record_launches, same_bits
+from kernel_checks import (
+    Inputs,
+    Results,
+    assert_float32,
+    attends_in_float32,
+    double,
+    evaluate,
+    fresh,
+    nf4,
+    record_launches,
+    same_bits,
+)
 from live_memory import live_memory
 from quick import slow_after
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +39,7 @@ from fastgemma.kernels import (
 from fastgemma.kernels import checkpointed_layer as module
 from fastgemma.kernels import nf4 as nf4_module
 from fastgemma.kernels.attention import attention_reference
+from fastgemma.kernels.backend import interpreting
 from fastgemma.kernels.checkpointed_layer import After, Before, CheckpointedLayer
 from fastgemma.kernels.key_intervals import KeyIntervals, key_intervals
 from fastgemma.kernels.lora import Adapter, Projection
@@ -43,6 +55,7 @@ from fastgemma.kernels.qk_norm_rope_launch import Heads
 
 HIDDEN, INNER, INPUT, HEAD = 32, 64, 16, 16
 EPS = 1e-6
+DTYPE = torch.float32 if interpreting() else torch.bfloat16  # float32 attention is the interpreter's alone
 # Numbers of heads of the projections, and whose keys a layer attends to.
 LAYERS: dict[str, tuple[tuple[int, ...], bool]] = {
     "own keys": ((3, 1, 1), False),
@@ -56,7 +69,7 @@ MODULES = (attention_backward, attention_forward, attention_products, geglu, nf4
 def make(
     kind: str,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = DTYPE,
     shape: tuple[int, int] = (2, 13),
     per_layer: bool = True,
     norms: bool = False,
@@ -187,6 +200,7 @@ def assert_same(kind: str, inputs: Inputs, grads: Sequence[torch.Tensor | None],
         assert same_bits(actual[name], value), name
 
 
+@attends_in_float32
 @pytest.mark.parametrize("kind", slow_after(1, LAYERS))
 def test_outputs_and_gradients(kind: str, device: torch.device) -> None:
     inputs = make(kind, device, norms=True)
