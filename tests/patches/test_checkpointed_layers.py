@@ -14,6 +14,7 @@ import pytest
 import structures
 import torch
 from kernel_checks import attends_in_float32, same_bits
+from layer_changes import CHANGES, layers
 from patch_state import counts
 from peft import LoraConfig, get_peft_model
 from quick import slow_after
@@ -56,10 +57,6 @@ def build(name: str = "e2b", quantized: bool = False, **options: Any) -> Any:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model
-
-
-def layers(model: Any) -> Any:
-    return model.get_base_model().model.layers
 
 
 def step(model: Any, kind: str = "padding", seed: int = 0, **changes: Any) -> Results:
@@ -137,29 +134,8 @@ def test_autocast() -> None:
         assert_same(run(), expected)
 
 
-def _swap_data(model: nn.Module) -> None:
-    factor = layers(model)[1].mlp.up_proj.lora_A["default"].weight
-    factor.data = 2 * factor.data
-
-
-def _scale(model: nn.Module) -> None:
-    layers(model)[1].self_attn.q_proj.scaling["default"] *= 2
-
-
-def _freeze(model: nn.Module) -> None:
-    layers(model)[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
-
-
-def _disable(model: nn.Module) -> None:
-    layers(model)[1].mlp.down_proj.enable_adapters(False)
-
-
-def _rescale_scores(model: nn.Module) -> None:
-    layers(model)[0].self_attn.scaling *= 0.5
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("change", slow_after(1, [_rescale_scores, _swap_data, _scale, _freeze, _disable]))
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_layer_is_read_anew(change: Callable[[nn.Module], None]) -> None:
     model = build()
     with fastgemma.patched(**FEATURES):

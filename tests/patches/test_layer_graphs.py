@@ -13,6 +13,7 @@ import pytest
 import structures
 import torch
 from graph_stand_in import DEVICE, graphs  # noqa: F401
+from layer_changes import CHANGES, layers
 from peft import LoraConfig, get_peft_model
 from quick import slow_after
 from torch import nn
@@ -71,10 +72,6 @@ def of_length(length: int) -> dict[str, Any]:
     """What makes a batch of one row of so many tokens."""
     ids = torch.arange(3, 3 + length, device=DEVICE)[None]
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def layers(model: nn.Module) -> nn.ModuleList:
-    return model.get_base_model().model.layers
 
 
 def gradients(model: nn.Module) -> Results:
@@ -192,44 +189,7 @@ def test_the_optimizer_moves_what_is_replayed() -> None:
         assert_same(actual, expected)
 
 
-def _swap_data(model: nn.Module) -> None:
-    factor = layers(model)[1].mlp.up_proj.lora_A["default"].weight
-    factor.data = 2 * factor.data
-
-
-def _scale(model: nn.Module) -> None:
-    layers(model)[1].self_attn.q_proj.scaling["default"] *= 2
-
-
-def _freeze(model: nn.Module) -> None:
-    layers(model)[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
-
-
-def _train_norm(model: nn.Module) -> None:
-    layers(model)[1].post_feedforward_layernorm.weight.requires_grad_(True)
-
-
-def _disable(model: nn.Module) -> None:
-    layers(model)[1].mlp.down_proj.enable_adapters(False)
-
-
-def _drop(model: nn.Module) -> None:
-    layers(model)[1].mlp.down_proj.lora_dropout["default"] = nn.Dropout(0.5)
-
-
-def _rescale_scores(model: nn.Module) -> None:
-    layers(model)[0].self_attn.scaling *= 0.5
-
-
-def _new_norm(model: nn.Module) -> None:
-    norm = layers(model)[0].input_layernorm
-    norm.weight = nn.Parameter(1.5 * norm.weight.detach(), requires_grad=False)
-
-
-@pytest.mark.parametrize(
-    "change",
-    slow_after(1, [_swap_data, _scale, _freeze, _train_norm, _disable, _drop, _new_norm, _rescale_scores]),
-)
+@pytest.mark.parametrize("change", slow_after(1, CHANGES))
 def test_a_changed_layer_is_recorded_anew(change: Callable[[nn.Module], None], warm: nn.Module) -> None:
     before = step(warm)
     change(warm)

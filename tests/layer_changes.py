@@ -1,0 +1,48 @@
+"""What users change about the layers of a model with adapters between two steps; each changes what a step computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def layers(model: Any) -> nn.ModuleList:
+    return model.get_base_model().model.layers
+
+
+def swap_data(model: nn.Module) -> None:
+    factor = layers(model)[1].mlp.up_proj.lora_A["default"].weight
+    factor.data = 2 * factor.data
+
+
+def scale(model: nn.Module) -> None:
+    layers(model)[1].self_attn.q_proj.scaling["default"] *= 2
+
+
+def freeze(model: nn.Module) -> None:
+    layers(model)[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+
+
+def train_norm(model: nn.Module) -> None:
+    layers(model)[1].post_feedforward_layernorm.weight.requires_grad_(True)
+
+
+def disable(model: nn.Module) -> None:
+    layers(model)[1].mlp.down_proj.enable_adapters(False)
+
+
+def drop(model: nn.Module) -> None:
+    layers(model)[1].mlp.down_proj.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+def rescale_scores(model: nn.Module) -> None:
+    layers(model)[0].self_attn.scaling *= 0.5
+
+
+def new_norm(model: nn.Module) -> None:
+    norm = layers(model)[0].input_layernorm
+    norm.weight = nn.Parameter(1.5 * norm.weight.detach(), requires_grad=False)
+
+
+CHANGES = (swap_data, scale, freeze, train_norm, disable, drop, new_norm, rescale_scores)
