@@ -5,15 +5,16 @@
     out = post_attention(attended, residual, per_layer_input)
 
 That is gradient checkpointing of three operations, by their own forwards and backwards, with nothing of autograd's
-between them: what autograd and checkpointing note of a layer costs the host about as much as launching half of it. The
-same kernels run in the same order on the same values as under torch's checkpointing, and draw the same random numbers:
-results are equal to the bit. The formulas are in the three operations.
+between them, whose notes of a layer the host would have to write down. The same kernels run in the same order on the
+same values as under torch's checkpointing, and draw the same random numbers: results are equal to the bit. The formulas
+are in the three operations.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016); `torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,18 +132,10 @@ class CheckpointedLayer:
         """What the layer draws its dropout from, if it does."""
         return generator_of(device) if self.draws else None
 
-    def run(
-        self,
-        hidden_states: torch.Tensor,
-        per_layer_input: torch.Tensor | None,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        intervals: KeyIntervals,
-        for_backward: bool,
-    ) -> _Run:
-        """With `for_backward` everything is kept for it, and the output may hold anything."""
+    def run(self, arguments: Sequence[Any], for_backward: bool) -> _Run:
+        """`arguments` are those of a call. With `for_backward` everything is kept for it, and the output may hold
+        anything."""
+        hidden_states, per_layer_input, key, value, cos, sin, intervals = arguments
         before, attention, after = Context(for_backward), Context(for_backward), Context(for_backward)
         residual, q, k, v = _PreAttention.forward(before, hidden_states, cos, sin, *self._before, *self.trained_before)
         if key is not None:
@@ -184,7 +177,7 @@ class _CheckpointedLayer(torch.autograd.Function):
         generator = layer.generator(hidden_states.device)
         ctx.drawn_at = None if generator is None else generator.get_state()
         keep(ctx, trained, (hidden_states, per_layer_input))
-        outputs = layer.run(hidden_states, per_layer_input, *ctx.rest, for_backward=False).outputs
+        outputs = layer.run((hidden_states, per_layer_input, *ctx.rest), for_backward=False).outputs
         if not _needs_own(layer, ctx.needs_input_grad):
             ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -197,7 +190,7 @@ class _CheckpointedLayer(torch.autograd.Function):
         _, inputs = kept(ctx)
         shares = ctx.rest[0] is not None
         with drawing_from(layer.generator(inputs[0].device), ctx.drawn_at):
-            run = layer.run(*inputs, *ctx.rest, for_backward=True)
+            run = layer.run((*inputs, *ctx.rest), for_backward=True)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.rest = None  # goes with what is saved, even if somebody keeps the loss
         # What is not needed any more goes before the next operation takes memory.

@@ -5,7 +5,6 @@ Reading them asks a few hundred questions; an unchanged layer (`snapshot`) answe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,22 +19,13 @@ from fastgemma.patches.whole_layer import read_after, read_before
 _MOST = 4
 
 
-def tensors_of(item: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested sequences, but of NF4 weights, which are never trained."""
-    if isinstance(item, torch.Tensor):
-        yield item
-    elif isinstance(item, tuple | list):
-        for part in item:
-            yield from tensors_of(part)
-
-
 class Reading:
     """A layer as it was found."""
 
     def __init__(self, attention: Any, before: Before, after: After) -> None:
         self.before, self.after = before, after
         self.operation = CheckpointedLayer(before, after, attention.scaling, attention.store_full_length_kv)
-        self.trained = [tensor for tensor in tensors_of((before, after)) if tensor.requires_grad]
+        self.trained = [*self.operation.trained_before, *self.operation.trained_after]
         self.trains_leaves = all(tensor.is_leaf for tensor in self.trained)
         # Of recordings of it, by what they depend on beside it.
         self.keys: dict[Any, Any] = {}

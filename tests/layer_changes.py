@@ -1,10 +1,25 @@
-"""What users change about the layers of a model with adapters between two steps; each changes what a step computes."""
+"""Models with adapters under checkpointing, and what users change about their layers between two steps."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+
+_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def checkpointed(model: nn.Module, **options: Any) -> Any:
+    """`model` in training, with `LoraConfig(**options)` on all its projections."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=_PROJECTIONS, init_lora_weights=False, **options)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
 
 
 def layers(model: Any) -> nn.ModuleList:

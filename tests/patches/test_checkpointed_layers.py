@@ -4,6 +4,7 @@ they could not be."""
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections import UserDict
@@ -14,22 +15,22 @@ import pytest
 import structures
 import torch
 from kernel_checks import attends_in_float32, same_bits
-from layer_changes import CHANGES, layers
+from layer_changes import CHANGES, checkpointed, layers
 from patch_state import counts
-from peft import LoraConfig, get_peft_model
 from quick import slow_after
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers.models.gemma4 import modeling_gemma4
 
 import fastgemma
 from fastgemma.kernels import lora_mlp
-from fastgemma.patches import layer_readings
+from fastgemma.patches import layer_calls, layer_readings
+from fastgemma.patches.engine import directory_of, written_in
 from fastgemma.patches.table import ENGINE
 
 pytestmark = attends_in_float32
 # What stands for a dict in models that share keys and values.
 KVSharingDict: Any = getattr(modeling_gemma4, "KVSharingDict", UserDict)
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Each kind of layer, one of which shares another's keys and values where the structure has such ones.
 LAYERS: dict[str, dict[str, Any]] = {
     name: {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1}
@@ -50,13 +51,7 @@ def build(name: str = "e2b", quantized: bool = False, **options: Any) -> Any:
     model = structures.build(name, **LAYERS.get(name, {}))
     if quantized:
         structures.quantize(model)
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False, **options)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    return model
+    return checkpointed(model, **options)
 
 
 def step(model: Any, kind: str = "padding", seed: int = 0, **changes: Any) -> Results:
@@ -261,6 +256,26 @@ def test_a_scale_that_attention_does_not_take() -> None:
     for checkpointing in (False, True):
         with fastgemma.patched(**FEATURES, checkpointing=checkpointing), pytest.raises(ValueError, match="scale"):
             step(model)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_function_that_stood_in_torch_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before fastgemma was imported: that of the layers is then the one that fastgemma takes for torch's."""
+    calls: list[int] = []
+
+    def other(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return torch_checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(layer_calls, "checkpoint", other)
+    monkeypatch.setattr(layer_calls, "_IS_TORCHS", written_in(other, directory_of(torch)))
+    model = build()
+    for layer in layers(model):
+        layer._gradient_checkpointing_func = functools.partial(other, use_reentrant=False)
+    with fastgemma.patched(**FEATURES):
+        step(model)
+    assert len(calls) == len(layers(model))
+    assert counts()["checkpointing"] == (0, {"another kind of checkpointing": len(layers(model))})
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ import pytest
 import structures
 import torch
 from graph_stand_in import DEVICE, graphs  # noqa: F401
-from layer_changes import CHANGES, layers
-from peft import LoraConfig, get_peft_model
+from layer_changes import CHANGES, checkpointed, layers
 from quick import slow_after
 from torch import nn
 from transformers.models.gemma4 import modeling_gemma4
@@ -27,7 +26,6 @@ from fastgemma.patches.table import ENGINE
 # How attention runs is no question of most tests here, and over intervals of keys it takes the interpreter long.
 OVER_MASKS: dict[str, Any] = {"cuda_graphs": "always", "attention": False}
 OVER_INTERVALS: dict[str, Any] = {"cuda_graphs": "always"}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Results = dict[str, torch.Tensor]
 
 
@@ -53,14 +51,7 @@ def build(
     model = structures.build(name, **changes or {})
     if quantized:
         structures.quantize(model)
-    model = model.to(DEVICE) if quantized else model.to(DEVICE, dtype)
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False, **options)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    return model
+    return checkpointed(model.to(DEVICE) if quantized else model.to(DEVICE, dtype), **options)
 
 
 def one_layer() -> nn.Module:
@@ -245,6 +236,15 @@ def test_a_layer_is_read_anew_only_where_it_changed(warm: nn.Module, monkeypatch
     assert read == [layers(warm)[1]]
     assert_same(step(warm), expected)
     assert len(read) == 1
+
+
+@pytest.mark.slow
+def test_keys_that_the_caller_sees_are_not_replayed(warm: nn.Module) -> None:
+    fast, _ = counts()
+    step(warm, return_shared_kv_states=True)
+    assert counts()[1]["keys and values that the caller sees"] == 1
+    step(warm)
+    assert counts()[0] >= fast + len(layers(warm))
 
 
 @pytest.mark.slow
