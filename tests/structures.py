@@ -176,7 +176,7 @@ def quantize(model: torch.nn.Module) -> None:
                     child.in_features,
                     child.out_features,
                     bias=False,
-                    compute_dtype=torch.float32,
+                    compute_dtype=child.weight.dtype,
                     quant_type="nf4",
                     compress_statistics=True,
                 )

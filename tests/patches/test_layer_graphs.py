@@ -48,10 +48,10 @@ def build(
     changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
-    model = structures.build(name, **changes or {})
+    model = structures.build(name, **changes or {}).to(dtype)
     if quantized:
         structures.quantize(model)
-    return checkpointed(model.to(DEVICE) if quantized else model.to(DEVICE, dtype), **options)
+    return checkpointed(model.to(DEVICE), **options)
 
 
 def one_layer() -> nn.Module:
