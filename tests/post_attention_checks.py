@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import Inputs, fresh, nf4
+from quick import slow_after
 
 from fastgemma.kernels.lora import Adapter, Projection
 from fastgemma.kernels.post_attention import Matrices, Norms
@@ -14,7 +15,7 @@ from fastgemma.kernels.post_attention import Matrices, Norms
 HIDDEN, ATTENDED, INNER, INPUT = 32, 48, 64, 16
 # out_features, in_features of the projections, in the order of `Matrices`.
 SIZES = ((HIDDEN, ATTENDED), (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER), (INPUT, HIDDEN), (HIDDEN, INPUT))
-both = pytest.mark.parametrize("per_layer", [True, False], ids=["per-layer input", "plain"])
+both = pytest.mark.parametrize("per_layer", slow_after(1, [True, False]), ids=["per-layer input", "plain"])
 
 
 def make(

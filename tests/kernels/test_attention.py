@@ -120,7 +120,7 @@ def test_head_dims(head_dim: int, device: torch.device) -> None:
     check(make(1, 37, 2, 1, head_dim, device), key_intervals(1, 37, device, 30), scale=head_dim**-0.5)
 
 
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", slow_after(1, [20, None]))
 @pytest.mark.parametrize("blocks", [False, True])
 def test_chunks_of_positions(blocks: bool, window: int | None, few_positions: None, device: torch.device) -> None:
     lengths = torch.full((1, 150), -1)
@@ -137,7 +137,7 @@ def test_windows_reuse_the_workspace(window: int, device: torch.device) -> None:
         check(make(1, 500, 2, 1, 16, device), key_intervals(1, 500, device, window, documents=packed), scale=0.2)
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", slow_after(1, [9, None]))
 def test_padding_documents_and_blocks(window: int | None, device: torch.device) -> None:
     padding = torch.ones(4, 40)
     padding[0, 25:] = 0
@@ -437,7 +437,7 @@ def test_outliers(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)], ids=str)
-@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("window", slow_after(1, [12, None]))
 def test_half_precision_is_no_worse_than_sdpa(dtype: torch.dtype, window: int | None, device: torch.device) -> None:
     intervals = key_intervals(1, 45, device, window)
     mask = intervals.dense()[:, None]

@@ -210,7 +210,7 @@ def test_outputs_and_gradients(kind: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiles"])
+@pytest.mark.parametrize("tiled", slow_after(1, [True, False]), ids=["tiles", "whole"])
 @pytest.mark.parametrize("kind", slow_after(1, LAYERS))
 def test_bits(kind: str, tiled: bool, dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if tiled:

@@ -118,7 +118,7 @@ def test_one_tile(per_layer: bool, device: torch.device, monkeypatch: pytest.Mon
 
 
 @both
-@pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["same", "float32 adapters"])
+@pytest.mark.parametrize("adapter_dtype", slow_after(1, [None, torch.float32]), ids=["same", "float32 adapters"])
 def test_half_precision(per_layer: bool, adapter_dtype: Any, device: torch.device) -> None:
     """Where the tiles are as high as in float32: the budget is that of half as many bytes."""
     inputs = make(device, per_layer, torch.float16, "trained", norms=True, shape=SHAPE, adapter_dtype=adapter_dtype)
@@ -129,7 +129,7 @@ def test_half_precision(per_layer: bool, adapter_dtype: Any, device: torch.devic
     assert_same(actual, each_tile(inputs, grads))
 
 
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter_dtype", slow_after(1, [torch.float32, torch.bfloat16]), ids=str)
 def test_adapters_of_another_dtype_under_autocast(
     adapter_dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ def detached(outputs: Any) -> Any:
         return type(outputs)(loss=outputs.loss.detach(), logits=outputs.logits.detach())
 
 
-@pytest.mark.parametrize("reader", slow_after(3, list(READERS)))
+@pytest.mark.parametrize("reader", slow_after(1, list(READERS)))
 def test_readers(reader: str, made: list[torch.Tensor]) -> None:
     model = build()
     expected = forward(model)
@@ -144,7 +144,7 @@ def test_autocast_and_gradient_mode_are_the_forwards(made: list[torch.Tensor]) -
     assert not outputs.logits.requires_grad and outputs.logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", ["a head that trains", "a distributed run", "a replica"])
+@pytest.mark.parametrize("case", slow_after(1, ["a head that trains", "a distributed run", "a replica"]))
 def test_where_they_cannot_be_made_later(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     if case == "a head that trains":

@@ -424,7 +424,7 @@ JUMPS = {
 
 
 @pytest.mark.parametrize("features", [{}, {"attention": True}], ids=["masks", "intervals"])
-@pytest.mark.parametrize("given", ["a mask of ones", "the default cache", "no cache"])
+@pytest.mark.parametrize("given", slow_after(1, ["a mask of ones", "the default cache", "no cache"]))
 @pytest.mark.parametrize("positions", slow_after(1, JUMPS))
 def test_positions_that_jump_are_seen_as_by_stock(positions: str, given: str, features: dict[str, Any]) -> None:
     """Without a cache stock itself takes every jump for a new document."""

@@ -48,7 +48,7 @@ def results(model: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
     return {"loss": out.loss.detach(), "logits": model(**inputs).logits.detach()[tokens], **gradients}
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", slow_after(1, ["sdpa", "eager"]))
 @pytest.mark.parametrize("kind", ["padding", "packing"])
 @pytest.mark.parametrize("name", slow_after(1, ["e2b", "12b"]))
 def test_equals_stock_and_builds_no_mask(
@@ -218,7 +218,7 @@ def test_unified_image_blocks_reach_beyond_the_window(kind: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["text", "multimodal"])
+@pytest.mark.parametrize("name", slow_after(1, ["text", "multimodal"]))
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("use_cache", slow_after(1, [False, None]))
 def test_documents_are_those_that_stock_finds(use_cache: bool | None, masked: bool, name: str, training: bool) -> None:

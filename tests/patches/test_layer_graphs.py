@@ -299,6 +299,7 @@ def test_patches_may_go_before_the_backward(warm: nn.Module) -> None:
     assert_same({"loss": loss.detach(), "random": expected["random"], **gradients(warm)}, expected)
 
 
+@pytest.mark.slow
 def test_a_step_between_forward_and_backward_is_an_error(warm: nn.Module) -> None:
     loss = warm(**structures.batch("padding", device=DEVICE)).loss
     with torch.no_grad():

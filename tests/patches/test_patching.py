@@ -213,7 +213,7 @@ def test_patches_that_change_under_a_checkpointed_backward_raise(device):
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ("e2b", "12b"))
+@pytest.mark.parametrize("name", slow_after(1, ("e2b", "12b")))
 def test_checkpointed_layers_are_recomputed(name, device):
     """transformers checkpoints around a layer's forward or inside it, depending on its version."""
     model = structures.build(name).to(device).train()

@@ -13,7 +13,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
-from quick import slow_after
+from quick import slow_after, slow_rows_after
 from torch import nn
 
 import fastgemma
@@ -134,7 +134,9 @@ def test_one_adapter() -> None:
     assert len(trained(model)) == 2 * (7 + 6)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",), ("down_proj",), ("gate_proj", "o_proj")])
+@pytest.mark.parametrize(
+    "targets", slow_after(1, [("q_proj", "v_proj"), ("k_proj",), ("down_proj",), ("gate_proj", "o_proj")])
+)
 def test_adapters_on_some_of_the_projections(targets: tuple[str, ...]) -> None:
     assert compare(adapted(tiny(), target_modules=list(targets))) == Ran(CALLS, {})
 
@@ -143,6 +145,7 @@ def test_without_the_geglu_kernel_the_mlp_is_two_calls() -> None:
     assert compare(adapted(tiny()), features={**ONLY, "geglu": False}) == Ran(CALLS + 2, {})
 
 
+@pytest.mark.slow
 def test_adapters_on_the_per_layer_embedding_gates() -> None:
     model = adapted(gated(), target_modules=[*ATTENTION, *MLP, "per_layer_input_gate", "per_layer_projection"])
     # Per layer: two of attention, the MLP, the gate and the projection behind it.
@@ -160,7 +163,7 @@ def test_base_weights_train_beside_the_adapter() -> None:
     assert any("q_proj.base_layer" in name for name in trained(model))
 
 
-@pytest.mark.parametrize("frozen", [("lora_A", "lora_B"), ("lora_A",), ("lora_B",)])
+@pytest.mark.parametrize("frozen", slow_after(1, [("lora_A", "lora_B"), ("lora_A",), ("lora_B",)]))
 def test_adapter_that_is_not_trained(frozen: tuple[str, ...]) -> None:
     model = adapted(tiny())
     for name, parameter in model.named_parameters():
@@ -174,6 +177,7 @@ def test_adapter_that_is_not_trained(frozen: tuple[str, ...]) -> None:
     assert not [name for name in trained(model) if any(part in name for part in frozen)]
 
 
+@pytest.mark.slow
 def test_rank_stabilised_scaling() -> None:
     plain, stabilised = adapted(tiny()), adapted(tiny(), use_rslora=True)
     assert compare(stabilised) == Ran(CALLS, {})
@@ -211,6 +215,7 @@ def test_disabled_adapters_run_the_base_alone(dropout: float) -> None:
     assert compare(model).fast == CALLS
 
 
+@pytest.mark.slow
 def test_merged_adapter() -> None:
     model = adapted(tiny())
     model.merge_adapter()
@@ -252,6 +257,7 @@ def test_dora() -> None:
     assert ran == Ran(0, {"LoRA variant DoraLinearVariant": CALLS})
 
 
+@pytest.mark.slow
 def test_dora_on_one_projection_only() -> None:
     assert compare(adapted(tiny(), use_dora=True, target_modules=["o_proj"])) == Ran(
         CALLS - 2, {"LoRA variant DoraLinearVariant": 2}
@@ -273,12 +279,14 @@ def test_mixed_batch_of_adapters() -> None:
     assert compare(model) == Ran(CALLS, {})
 
 
+@pytest.mark.slow
 def test_module_saved_with_the_adapter() -> None:
     model = adapted(tiny(), target_modules=list(ATTENTION), modules_to_save=["down_proj"])
     assert compare(model) == Ran(CALLS - 2, {"linear layer of type ModulesToSaveWrapper": 2})
     assert sum("modules_to_save" in name for name in trained(model)) == 2
 
 
+@pytest.mark.slow
 def test_linear_layers_with_a_bias() -> None:
     ran = compare(adapted(tiny(attention_bias=True)))
     assert ran == Ran(2, {"linear layer with a bias": 4})
@@ -297,12 +305,15 @@ def _register(module: nn.Module, kind: str, fired: list[str]) -> Any:
 @pytest.mark.parametrize("kind", slow_after(1, ["full_backward", "forward", "forward_pre", "full_backward_pre"]))
 @pytest.mark.parametrize(
     ("place", "reason"),
-    [
-        ("q_proj", "hooks on a linear layer"),
-        ("up_proj.base_layer", "hooks on a linear layer"),
-        ("q_proj.lora_A.default", "hooks on a LoRA layer"),
-        ("down_proj.lora_B.default", "hooks on a LoRA layer"),
-    ],
+    slow_rows_after(
+        1,
+        [
+            ("q_proj", "hooks on a linear layer"),
+            ("up_proj.base_layer", "hooks on a linear layer"),
+            ("q_proj.lora_A.default", "hooks on a LoRA layer"),
+            ("down_proj.lora_B.default", "hooks on a LoRA layer"),
+        ],
+    ),
 )
 def test_hooks_fire(kind: str, place: str, reason: str) -> None:
     model = adapted(tiny())
@@ -352,6 +363,7 @@ def test_dropout_is_off_in_evaluation() -> None:
     assert compare(adapted(tiny(), lora_dropout=0.5).eval()) == Ran(CALLS, {})
 
 
+@pytest.mark.slow
 def test_dropout_on_the_per_layer_embedding_gates() -> None:
     targets = [*ATTENTION, *MLP, "per_layer_input_gate", "per_layer_projection"]
     assert compare(adapted(gated(), target_modules=targets, lora_dropout=0.05)).fallbacks == {}

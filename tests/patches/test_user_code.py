@@ -13,7 +13,7 @@ import structures
 import torch
 from kernel_checks import FLOAT32_BUDGET, attends_in_float32, relative_error
 from patch_state import counts
-from quick import slow_after
+from quick import slow_after, slow_rows_after
 from torch import nn
 from transformers import Gemma4ForCausalLM
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
@@ -203,20 +203,23 @@ def with_dropout(kind: type) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "feature", "reason"),
-    [
-        (lambda: with_norms("e2b"), "rms_norm", "a norm of another class"),
-        (lambda: with_norms("e2b"), "rope", "a norm of another class"),
-        (lambda: with_norms("26b-a4b"), "rms_norm", "a norm of another class"),
-        pytest.param(with_layer, "attention", "another decoder layer", marks=attends_in_float32),
-        pytest.param(with_text_model, "attention", "another text model", marks=attends_in_float32),
-        pytest.param(with_hook, "attention", "hooks that are handed the mask", marks=attends_in_float32),
-        (with_model, "cross_entropy", "forward of a subclass: logits may be read"),
-        (with_activation, "geglu", "activation OwnActivation"),
-        (lambda: with_hooked_activation("mlp.act_fn"), "geglu", "hooks on an activation"),
-        (lambda: with_hooked_activation("act_fn"), "geglu", "hooks on an activation"),
-        (lambda: with_dropout(OwnDropout), "lora", "LoRA dropout of type OwnDropout"),
-        (lambda: with_dropout(NoDropout), "lora", "LoRA dropout of type NoDropout"),
-    ],
+    slow_rows_after(
+        4,
+        [
+            (lambda: with_norms("e2b"), "rms_norm", "a norm of another class"),
+            (lambda: with_norms("e2b"), "rope", "a norm of another class"),
+            (lambda: with_norms("26b-a4b"), "rms_norm", "a norm of another class"),
+            pytest.param(with_layer, "attention", "another decoder layer", marks=attends_in_float32),
+            pytest.param(with_text_model, "attention", "another text model", marks=attends_in_float32),
+            pytest.param(with_hook, "attention", "hooks that are handed the mask", marks=attends_in_float32),
+            (with_model, "cross_entropy", "forward of a subclass: logits may be read"),
+            (with_activation, "geglu", "activation OwnActivation"),
+            (lambda: with_hooked_activation("mlp.act_fn"), "geglu", "hooks on an activation"),
+            (lambda: with_hooked_activation("act_fn"), "geglu", "hooks on an activation"),
+            (lambda: with_dropout(OwnDropout), "lora", "LoRA dropout of type OwnDropout"),
+            (lambda: with_dropout(NoDropout), "lora", "LoRA dropout of type NoDropout"),
+        ],
+    ),
     ids=[
         "norms",
         "norms-rope",
@@ -239,7 +242,7 @@ def test_a_user_s_subclass_runs(make: Callable[[], nn.Module], feature: str, rea
 
 
 @pytest.mark.parametrize("adapted", slow_after(1, [True, False]))
-@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm", "post_feedforward_layernorm"])
+@pytest.mark.parametrize("part", slow_after(1, ["self_attn", "mlp", "input_layernorm", "post_feedforward_layernorm"]))
 def test_hooks_that_write_to_an_output(part: str, adapted: bool) -> None:
     """As steering vectors do."""
 
@@ -279,7 +282,7 @@ def test_hooks_on_all_modules_are_called(features: dict[str, Any]) -> None:
 
 
 @attends_in_float32
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", slow_after(1, ["before", "after"]))
 def test_layers_of_a_sharded_class_attend_as_others(when: str) -> None:
     """As FSDP2 makes one, with hooks of its own."""
     model = build()
@@ -351,7 +354,7 @@ def test_another_forward_of_an_activation_runs(monkeypatch: pytest.MonkeyPatch) 
 
 @attends_in_float32
 @pytest.mark.parametrize("when", slow_after(1, ["before", "after"]))
-@pytest.mark.parametrize("name", ["Gemma4TextDecoderLayer", "Gemma4TextAttention", "Gemma4TextModel"])
+@pytest.mark.parametrize("name", slow_after(1, ["Gemma4TextDecoderLayer", "Gemma4TextAttention", "Gemma4TextModel"]))
 def test_wrappers_are_handed_no_intervals(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever wraps a class's forward may read the mask that it is given."""
     kind = getattr(gemma4, name)
@@ -399,7 +402,7 @@ REPLACED = ["Gemma4RMSNorm", "Gemma4TextMLP", "Gemma4TextAttention", "Gemma4Text
 
 @pytest.mark.parametrize("features", slow_after(1, [{}, {"rms_norm": False}]), ids=["all", "no-norm"])
 @pytest.mark.parametrize("when", slow_after(1, ["before", "after"]))
-@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("name", slow_after(2, REPLACED))
 @pytest.mark.filterwarnings("ignore")
 def test_what_was_replaced_runs(
     name: str, when: str, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -25,10 +25,8 @@ def gate(*arguments: str, first: str = "", path: Path = FOLDER) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(target, marks=() if target == "sm_89" else pytest.mark.slow) for target in TARGETS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_row_serves_the_target(target: str) -> None:
     done = gate("--targets", target, "--json")
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import structures
 import torch
 from kernel_checks import same_bits
 from patch_state import attributes, counts, states
+from quick import slow_after
 from shortage import Place, shortage
 from transformers import Gemma4ForCausalLM
 
@@ -134,7 +135,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("interruption", (Stop, KeyboardInterrupt))
+@pytest.mark.parametrize("interruption", slow_after(1, (Stop, KeyboardInterrupt)))
 @pytest.mark.parametrize("nested", (False, True))
 def test_an_interrupted_change_of_patches(
     interruption: type[BaseException], nested: bool, monkeypatch: pytest.MonkeyPatch

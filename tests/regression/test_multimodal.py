@@ -119,8 +119,7 @@ CASES = [
         name,
         kind,
         side,
-        marks=[with_videos] * (kind in ("video", "all"))
-        + [pytest.mark.slow] * (kind != "images" or name in ("26b-a4b", "12b") or (name != "e2b" and side == "left")),
+        marks=[with_videos] * (kind in ("video", "all")) + [pytest.mark.slow] * ((name, kind) != ("e2b", "images")),
     )
     for name in TEXT
     for kind in BATCHES
@@ -264,7 +263,7 @@ def test_subclasses_keep_their_images(name: str, device: torch.device) -> None:
 
 
 @attends_in_float32
-@pytest.mark.parametrize("name", ["31b", "12b"])
+@pytest.mark.parametrize("name", slow_after(1, ["31b", "12b"]))
 def test_images_in_packed_rows(name: str, device: torch.device) -> None:
     """Stock's 31B looks for the second document's images where the first one has them. That is a fix's to mend."""
     model = build(name).to(device)

@@ -76,6 +76,7 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_an_exact_model_passes_and_is_left_as_it_was(device):
     model = adapted(small(), dropout=0.1).to(device).eval()
     model.get_submodule("base_model.model.model.layers.0").train()
