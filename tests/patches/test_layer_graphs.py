@@ -335,11 +335,11 @@ def _drop_attention(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        pytest.param(_hook_layer, "hooks on the layer", marks=pytest.mark.slow),
-        pytest.param(_subclass, "own call is not stock's", marks=pytest.mark.slow),
-        pytest.param(_hook_norm, "input_layernorm does more", marks=pytest.mark.slow),
+        (_hook_layer, "hooks on the layer"),
+        (_subclass, "own call is not stock's"),
+        (_hook_norm, "input_layernorm does more"),
         (_checkpoint_otherwise, "another kind of checkpointing"),
-        pytest.param(_drop_attention, "attention other than SDPA", marks=pytest.mark.slow),
+        (_drop_attention, "attention other than SDPA"),
     ],
 )
 def test_what_cannot_be_replayed_is_not(change: Callable[[Any], None], reason: str, warm: nn.Module) -> None:

@@ -159,7 +159,7 @@ def test_what_a_layer_does_not_allow_runs_in_parts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("feature", slow_after(1, ["rms_norm", "rope", "geglu", "lora"]))
+@pytest.mark.parametrize("feature", ["rms_norm", "rope", "geglu", "lora"])
 def test_a_feature_switched_off_means_parts(feature: str, ran: Counter[str]) -> None:
     model = adapted("31b")
     expected = step(model)

@@ -18,7 +18,6 @@ import torch
 from kernel_checks import same_bits
 from patch_state import states
 from processes import can_fork, in_forked_child
-from quick import slow_after
 from torch.utils.data import DataLoader, Dataset
 from transformers import Gemma4ForCausalLM
 
@@ -188,7 +187,7 @@ def test_workers_of_a_loader() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantized", slow_after(1, [True, False]))
+@pytest.mark.parametrize("quantized", [True, False])
 def test_copies_of_a_patched_model_train_alike(tmp_path: Path, quantized: bool) -> None:
     structures.build("e2b", **SHAPE).save_pretrained(tmp_path)
     fastgemma.patch(per_layer_embeddings="host")

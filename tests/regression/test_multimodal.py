@@ -298,7 +298,7 @@ def test_images_in_packed_rows(name: str, device: torch.device) -> None:
 
 @pytest.mark.slow
 @attends_in_float32
-@pytest.mark.parametrize("side", slow_after(1, ["right", "left"]))
+@pytest.mark.parametrize("side", ["right", "left"])
 def test_eager_attention(side: str, device: torch.device) -> None:
     """The last padding on the left predicts the first token. Eager attention gives it the mean of all values."""
     model = build("31b").to(device)

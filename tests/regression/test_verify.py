@@ -120,10 +120,7 @@ def test_full_fine_tuning_with_per_layer_embeddings(device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "module, name, blamed",
-    [(mlp, "geglu", {"geglu"}), pytest.param(norms, "rms_norm", {"rms_norm"}, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("module, name, blamed", [(mlp, "geglu", {"geglu"}), (norms, "rms_norm", {"rms_norm"})])
 def test_a_wrong_kernel_is_blamed(module, name, blamed, device, monkeypatch):
     only("geglu", "rms_norm", "cross_entropy")
     monkeypatch.setattr(module, name, one_percent_off(getattr(module, name)))
